@@ -1,0 +1,1 @@
+"""What the five trainers share: configuration, sample numbering, optimizers, checkpoints, logging, media, the loop."""

@@ -1,0 +1,340 @@
+"""Checkpoints that are whole or do not exist.
+
+A folder is written under a hidden name beside its final one, flushed to disk, listed with sizes and SHA-256 in
+`manifest.json` (written last), and renamed. A folder without a matching manifest is no checkpoint; `latest` is the
+newest that matches. Inside are Accelerate's file names, a diffusers folder per model, and `trainer_state.json`.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.optim import EMA
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
+STAGING_SUFFIX, DOOMED_SUFFIX = ".partial", ".deleting"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, found or read; the text says which and what to do."""
+
+
+# Whole folders --------------------------------------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(directory: Path) -> None:
+    """Flushes every file below `directory` to disk and writes the manifest, last."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and flushing release the interpreter lock
+        digests = list(pool.map(_sha256, files))
+        list(pool.map(_fsync, files))
+    listing = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, digests, strict=True)
+    }
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": listing}, indent=1) + "\n")
+    for path in (manifest, *(p for p in directory.rglob("*") if p.is_dir()), directory):
+        _fsync(path)
+
+
+def problems_of(directory: Path, *, compare_content: bool = True) -> list[str]:
+    """Why `directory` is not a whole checkpoint; an empty list if it is one.
+
+    Without `compare_content` only the presence and size of the files are checked, which reads none of them.
+    """
+    try:
+        listing = json.loads((directory / MANIFEST).read_text())["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in listing.items()}
+    except FileNotFoundError:
+        return [f"it has no {MANIFEST}, so it was never finished or was not written by these trainers"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"its {MANIFEST} cannot be read ({type(error).__name__})"]
+
+    def check(name: str) -> str | None:
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            return f"{name} lies outside the folder"
+        if not path.is_file():
+            return f"{name} is missing"
+        size, digest = expected[name]
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        changed = compare_content and _sha256(path) != digest
+        return f"the content of {name} has changed" if changed else None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return [problem for problem in pool.map(check, expected) if problem]
+
+
+def publish(accelerator: Accelerator, final: Path, write: Callable[[Path], None]) -> None:
+    """Makes `final` appear with all that `write(folder)` puts into it, or not at all. Called on all processes.
+
+    An older folder of that name is replaced once the new one is whole.
+    """
+    staging = final.with_name(f".{final.name}{STAGING_SUFFIX}")
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        write(staging)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            seal(staging)
+            _remove(final)
+            os.rename(staging, final)
+            _fsync(final.parent)
+        accelerator.wait_for_everyone()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_full_disk(error):
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        free_mib = shutil.disk_usage(final.parent).free >> 20
+        raise CheckpointError(
+            f"the disk of {final.parent} is full ({free_mib} MiB free): {final.name} was not written, older "
+            "checkpoints are untouched. Free some space or lower checkpoints_total_limit, then resume with "
+            "--resume_from_checkpoint latest"
+        ) from error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error) or "unexpected pos" in str(error)  # safetensors, torch.save
+
+
+def _remove(directory: Path) -> None:
+    """Deletes a folder so that a kill half-way leaves nothing that looks like a checkpoint."""
+    if directory.exists():
+        doomed = directory.with_name(f".{directory.name}{DOOMED_SUFFIX}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(directory, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def listed(output_dir: Path) -> list[Path]:
+    """Folders named `checkpoint-<step>`, newest first, whole or not; other names are not ours."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(NAME.fullmatch(checkpoint.name)[1])  # type: ignore[index]
+
+
+def newest_valid(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint; the damaged ones that are passed over are named in the log."""
+    for checkpoint in listed(output_dir):
+        problems = problems_of(checkpoint)
+        if not problems:
+            return checkpoint
+        logger.warning("%s is passed over: %s", checkpoint, "; ".join(problems[:3]))
+    return None
+
+
+# Finding one ----------------------------------------------------------------------------------------------------------
+
+
+def find(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> Path | None:
+    """The checkpoint to resume from, agreed over all processes; None is a fresh start.
+
+    Args:
+        wanted: None, `latest` (the newest whole one, if any), a folder, or the name of one in `output_dir`.
+
+    Raises:
+        CheckpointError: what was named is not there or not whole, or a fresh start would mix with an earlier run.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = _find(output_dir, wanted)
+        except CheckpointError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1]:
+        raise CheckpointError(answer[1])
+    return answer[0]
+
+
+def _find(output_dir: Path, wanted: str | None) -> Path | None:
+    for leftover in output_dir.glob(".*"):
+        if leftover.name.endswith((STAGING_SUFFIX, DOOMED_SUFFIX)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    if not wanted:
+        existing = listed(output_dir)
+        if existing:
+            raise CheckpointError(
+                f"{output_dir} already holds {existing[0].name} of an earlier run: continue it with "
+                "--resume_from_checkpoint latest, or start afresh with another --output_dir"
+            )
+        return None
+    if wanted == "latest":
+        found = newest_valid(output_dir)
+        if found is None:
+            logger.info("%s holds no whole checkpoint: starting at step 0", output_dir)
+        return found
+    candidates = [Path(wanted), output_dir / wanted]
+    chosen = next((path for path in candidates if path.is_dir()), None)
+    if chosen is None:
+        known = ", ".join(path.name for path in listed(output_dir)) or "none"
+        raise CheckpointError(
+            f"there is no checkpoint {wanted!r}; tried {', '.join(map(str, candidates))}. Checkpoints in "
+            f"{output_dir}: {known}"
+        )
+    problems = problems_of(chosen)
+    if problems:
+        raise CheckpointError(f"{chosen} cannot be resumed from: {'; '.join(problems[:3])}")
+    return chosen
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint."""
+    return json.loads((checkpoint / TRAINER_STATE).read_text())
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def save_weights(module: nn.Module, directory: Path) -> None:
+    """A diffusers folder where the module can write one, else `model.safetensors`."""
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained(directory)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.contiguous() for name, t in module.state_dict().items()}, directory / "model.safetensors")
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files in a folder, one file or shards."""
+    weights: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        weights |= load_file(path)
+    if not weights:
+        raise CheckpointError(f"{directory} holds no safetensors weights")
+    return weights
+
+
+def save_average(ema: EMA, directory: Path) -> None:
+    """The averaged model, with its counters in config.json: diffusers' `EMAModel.from_pretrained` reads the folder."""
+    with ema.swapped():
+        save_weights(ema.module, directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    config |= {"decay": ema.decay, "min_decay": 0.0, "optimization_step": ema.updates, "update_after_step": 0}
+    config |= {"use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_average(ema: EMA, directory: Path) -> None:
+    """The state that `save_average` wrote."""
+    config = json.loads((directory / "config.json").read_text())
+    ema.restore(read_weights(directory), config["optimization_step"])
+
+
+# The checkpoints of a run ---------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Saves and restores a run. Every method is called on all processes.
+
+    Args:
+        accelerator: after `prepare`.
+        output_dir: folder of the checkpoints.
+        models: unwrapped trained models in the order in which they were prepared, by folder name.
+        emas: moving averages, by the name of their model.
+        total_limit: how many are kept; None is all.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        models: Mapping[str, nn.Module],
+        emas: Mapping[str, EMA],
+        total_limit: int | None,
+    ):
+        self.accelerator, self.output_dir = accelerator, output_dir
+        self.models, self.emas, self.total_limit = dict(models), dict(emas), total_limit
+        self.resumed_from: Path | None = None
+        accelerator.register_save_state_pre_hook(self._save_models)
+        accelerator.register_load_state_pre_hook(self._load_models)
+
+    def save(self, step: int, trainer_state: Mapping[str, Any]) -> Path:
+        """Writes `checkpoint-<step>` and then rotates."""
+        final = self.output_dir / f"checkpoint-{step}"
+
+        def write(staging: Path) -> None:
+            self.accelerator.save_state(str(staging))
+            if self.accelerator.is_main_process:
+                (staging / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1) + "\n")
+
+        publish(self.accelerator, final, write)
+        if self.accelerator.is_main_process:
+            self._rotate(final)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def load(self, checkpoint: Path) -> None:
+        """Models, optimizers, EMA, scaler and generators as they were saved."""
+        self.accelerator.load_state(str(checkpoint))
+        self.accelerator.step = 0  # accumulation starts anew at every optimizer step, whatever it was before
+        self.resumed_from = checkpoint
+
+    def _rotate(self, newest: Path) -> None:
+        """Deletes the oldest whole ones beyond the limit, but not the newest nor the one this run was resumed from."""
+        if self.total_limit is None:
+            return
+        kept = {path.resolve() for path in (newest, self.resumed_from) if path}
+        whole = [path for path in listed(self.output_dir) if not problems_of(path, compare_content=False)]
+        for old in whole[self.total_limit :]:
+            if old.resolve() not in kept:
+                _remove(old)
+
+    def _save_models(self, models: list[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
+        weights.clear()  # Accelerate writes no model.safetensors: each model has its own folder
+        if not self.accelerator.is_main_process:
+            return
+        for name, model in self.models.items():
+            save_weights(model, Path(output_dir) / name)
+        for name, ema in self.emas.items():
+            save_average(ema, Path(output_dir) / f"{name}_ema")
+
+    def _load_models(self, models: list[nn.Module], input_dir: str) -> None:
+        models.clear()
+        for name, model in self.models.items():
+            model.load_state_dict(read_weights(Path(input_dir) / name))
+        for name, ema in self.emas.items():
+            load_average(ema, Path(input_dir) / f"{name}_ema")

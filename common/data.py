@@ -1,0 +1,244 @@
+"""Sample numbering: data order, augmentation and random draws as functions of (seed, sample number); the loader.
+
+Samples of a run are numbered 0, 1, 2, ... in the order in which the optimizer consumes them. Optimizer step k takes the
+numbers k G ... (k + 1) G - 1, G being the global batch: processes x accumulation x batch size. Nothing else decides
+which item a sample is or what is drawn for it: resume needs no loader state, and the number of processes is free.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+MAX_REPLACEMENTS = 20  # draws of another item for one unreadable one, before giving up
+BAD_SAMPLE_ERRORS = (OSError, ValueError)
+
+
+# Draws ----------------------------------------------------------------------------------------------------------------
+
+
+def rng_for(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
+    """An independent generator for every (seed, purpose, numbers), the same on every process and machine."""
+    key = (zlib.crc32(purpose.encode()), *(int(n) for n in numbers))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy=seed, spawn_key=key)))
+
+
+def draw_normal(seed: int, purpose: str, sample_numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 on the CPU, (B, *shape), a row per sample number."""
+    rows = [rng_for(seed, purpose, n).standard_normal(tuple(shape), dtype=np.float32) for n in sample_numbers]
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw_uniform(seed: int, purpose: str, sample_numbers: Sequence[int]) -> Tensor:
+    """Uniform float32 in [0, 1) on the CPU, (B,), a value per sample number."""
+    return torch.tensor([rng_for(seed, purpose, n).random(dtype=np.float32) for n in sample_numbers])
+
+
+def draw_integers(seed: int, purpose: str, sample_numbers: Sequence[int], low: int, high: int) -> Tensor:
+    """Uniform int64 in [low, high) on the CPU, (B,), a value per sample number."""
+    return torch.tensor([int(rng_for(seed, purpose, n).integers(low, high)) for n in sample_numbers])
+
+
+# Order ----------------------------------------------------------------------------------------------------------------
+
+
+class SamplePlan:
+    """Which item of the data set each sample number is.
+
+    Without groups, every epoch is one seeded permutation of all items, and global batches run across epoch ends. With
+    groups (aspect buckets, say), each global batch holds items of one group: in every cycle of `num_items` batches a
+    group of n items gets n batches, in seeded order, and walks through its own seeded permutations.
+
+    Args:
+        num_items: items of the data set.
+        seed: of the order.
+        global_batch: samples of one optimizer step.
+        groups: a label per item, where a batch must be homogeneous.
+    """
+
+    def __init__(self, num_items: int, seed: int, global_batch: int, groups: Sequence[Any] | None = None):
+        if num_items < 1:
+            raise ValueError("the data set is empty: there is nothing to train on")
+        self.num_items, self.seed, self.global_batch = num_items, seed, global_batch
+        labels = sorted(set(groups)) if groups is not None else [None]
+        every = range(num_items)
+        self.members = [
+            np.array([i for i in every if groups is None or groups[i] == label], dtype=np.int64) for label in labels
+        ]
+
+    @lru_cache(maxsize=64)  # noqa: B019 (one plan lives as long as the run)
+    def _permutation(self, group: int, round_: int) -> np.ndarray:
+        members = self.members[group]
+        return members[rng_for(self.seed, "order", group, round_).permutation(len(members))]
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """Group of every batch of a cycle, and how many batches of that group came before it in the cycle."""
+        group = np.repeat(np.arange(len(self.members)), [len(m) for m in self.members])
+        group = group[rng_for(self.seed, "group order", cycle).permutation(self.num_items)]
+        before = np.empty_like(group)
+        for g in range(len(self.members)):
+            before[group == g] = np.arange((group == g).sum())
+        return group, before
+
+    def batch(self, first_sample: int) -> np.ndarray:
+        """Items of the global batch that starts at `first_sample`: int64 (G,)."""
+        if len(self.members) == 1:
+            group, start = 0, first_sample
+        else:
+            cycle, position = divmod(first_sample // self.global_batch, self.num_items)
+            groups, before = self._cycle(cycle)
+            group = int(groups[position])
+            start = (cycle * len(self.members[group]) + int(before[position])) * self.global_batch
+        size = len(self.members[group])
+        numbers = range(start, start + self.global_batch)
+        return np.array([self._permutation(group, n // size)[n % size] for n in numbers])
+
+    def replacement(self, item: int, sample_number: int, attempt: int) -> int:
+        """Another item of the same group, for one that cannot be read."""
+        members = next(m for m in self.members if item in m)
+        return int(members[rng_for(self.seed, "replacement", sample_number, attempt).integers(len(members))])
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+class SampleSource(Protocol):
+    """A data set as trainers write it."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Arrays of one item; `rng` makes every random choice. Unreadable: OSError or ValueError naming the file."""
+        ...
+
+    def files_of(self, index: int) -> Sequence[Path]:
+        """The files that an item is read from."""
+        ...
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Arrays are stacked to tensors (B, ...), numbers become a tensor (B,), everything else a list."""
+    batch: dict[str, Any] = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if isinstance(first, np.ndarray):
+            batch[key] = torch.from_numpy(np.stack(values))
+        elif isinstance(first, Tensor):
+            batch[key] = torch.stack(values)
+        elif isinstance(first, (bool, int, float)):
+            batch[key] = torch.tensor(values)
+        else:
+            batch[key] = values
+    return batch
+
+
+class _Numbered(Dataset):
+    """Reads (sample number, item) pairs; an unreadable item is replaced, and the replacement reported."""
+
+    def __init__(self, source: SampleSource, plan: SamplePlan, seed: int):
+        self.source, self.plan, self.seed = source, plan, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        number, item = key
+        bad = []
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                sample = self.source.sample(item, rng_for(self.seed, "augmentation", number))
+                return {**sample, "sample_number": number, "item": item, "_bad": bad}
+            except BAD_SAMPLE_ERRORS as error:
+                files = [str(path) for path in self.source.files_of(item)]
+                bad.append({"item": item, "files": files, "reason": f"{type(error).__name__}: {error}"})
+                item = self.plan.replacement(item, number, attempt)
+        reasons = "; ".join(sorted({record["reason"] for record in bad})[:3])
+        raise RuntimeError(
+            f"{MAX_REPLACEMENTS} items in a row could not be read for sample {number}, so the data set itself must be "
+            f"wrong: {reasons}"
+        )
+
+
+class _MicroBatches:
+    """Keys of this process's micro-batches, from one optimizer step to another."""
+
+    def __init__(self, plan: SamplePlan, micro_batch: int, rank: int, world_size: int, first_sample: int, steps: int):
+        self.plan, self.micro_batch, self.rank, self.world_size = plan, micro_batch, rank, world_size
+        self.first_sample, self.steps = first_sample, steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_round = self.micro_batch * self.world_size
+        for step in range(self.steps):
+            first = self.first_sample + step * self.plan.global_batch
+            items = self.plan.batch(first)
+            for start in range(self.rank * self.micro_batch, self.plan.global_batch, per_round):
+                yield [(first + i, int(items[i])) for i in range(start, start + self.micro_batch)]
+
+
+class SampleLoader:
+    """This process's micro-batches in the order of the sample numbers.
+
+    Args:
+        source: the data set.
+        plan: the order; its global batch must be `micro_batch` x `world_size` x accumulation.
+        micro_batch: samples of this process per micro-batch.
+        bad_samples_path: unreadable items are written here, once each.
+        max_bad_fraction: share of the items; `too_many_bad` tells when it is passed.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        plan: SamplePlan,
+        *,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        bad_samples_path: Path,
+        max_bad_fraction: float,
+    ):
+        self.plan, self.micro_batch, self.rank, self.world_size = plan, micro_batch, rank, world_size
+        self.dataset = _Numbered(source, plan, plan.seed)
+        self.num_workers, self.bad_samples_path = num_workers, bad_samples_path
+        self.max_bad_items = max_bad_fraction * plan.num_items
+        self.bad_items = {record["item"] for record in _read_json_lines(bad_samples_path)}
+
+    @property
+    def too_many_bad(self) -> bool:
+        return len(self.bad_items) > self.max_bad_items
+
+    def batches(self, first_sample: int, steps: int) -> Iterator[dict[str, Any]]:
+        """Collated micro-batches on the CPU, with `sample_number` and `item` (B,), for that many optimizer steps."""
+        keys = _MicroBatches(self.plan, self.micro_batch, self.rank, self.world_size, first_sample, steps)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=keys,  # type: ignore[arg-type]  (any iterable of key lists will do)
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for batch in loader:
+            for record in sum(batch.pop("_bad"), []):
+                self._note_bad(record)
+            yield batch
+
+    def _note_bad(self, record: dict[str, Any]) -> None:
+        if record["item"] in self.bad_items:
+            return
+        self.bad_items.add(record["item"])
+        self.bad_samples_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.bad_samples_path, "a") as file:  # one short line per write: processes do not interleave
+            file.write(json.dumps(record) + os.linesep)
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

@@ -1,0 +1,158 @@
+"""Accelerator set-up: processes, precision, seeds, process-group timeout, stop signals."""
+
+import logging
+import os
+import platform
+import random
+import signal
+import sys
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+
+from common.config import RunConfig
+from common.data import rng_for
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_parameters: bool = False) -> Accelerator:
+    """The Accelerator of a run, for any launcher: plain python, torchrun, `accelerate launch`.
+
+    Accumulation windows never end early, loaders and schedules are ours, `mixed_precision` null obeys the launcher.
+    """
+    accelerator = Accelerator(
+        cpu=_runs_on_cpu(),
+        mixed_precision=_precision(run.mixed_precision),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=run.process_group_timeout_s)),
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+        ],
+    )
+    _set_up_logging(accelerator)
+    if run.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def _runs_on_cpu() -> bool:
+    """Without saying so, Accelerate takes the processes of a machine without a GPU for so many separate runs."""
+    return not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
+
+
+def _precision(wanted: str | None) -> str | None:
+    """fp16 needs a GPU: on a machine without one the run goes on in float32, and says so."""
+    asked = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if asked == "fp16" and not torch.accelerator.is_available():
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("mixed_precision fp16 needs a GPU and there is none: this run uses float32", file=sys.stderr)
+        return "no"
+    return wanted
+
+
+def _set_up_logging(accelerator: Accelerator) -> None:
+    """Messages of the main process on stderr; warnings and errors of every process, with its rank."""
+    prefix = f"[rank {accelerator.process_index}] " if accelerator.num_processes > 1 else ""
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
+        format=f"%(asctime)s {prefix}%(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("httpx", "httpcore", "PIL", "accelerate", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The type in which frozen modules are held: that of autocast, else float32."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def seed_model_randomness(seed: int, rank: int, step: int) -> None:
+    """Seeds the global generators for (seed, rank, step): what dropout layers inside a model draw from."""
+    value = int(rng_for(seed, "model randomness", rank, step).integers(2**32))
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on, for the record."""
+    packages = ("torch", "accelerate", "diffusers", "transformers", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Errors that this project raises on purpose are printed as one sentence and end the process with status 1.
+
+    Everything else keeps its traceback: it is a mistake of the program, or of a library.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not Path(frames[-1].filename).is_relative_to(REPOSITORY):
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def require_shared_folder(accelerator: Accelerator, folder: Path) -> None:
+    """Makes `folder` and checks that every process sees the same one; OSError says what to change."""
+    token = [uuid.uuid4().hex]
+    broadcast_object_list(token)
+    marker = folder / f".shared-{token[0]}"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    accelerator.wait_for_everyone()
+    seen = marker.exists()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        marker.unlink()
+    if not seen:
+        raise OSError(
+            f"process {accelerator.process_index} does not see run.output_dir {folder.resolve()} of the main process: "
+            "all nodes save into it, so it must be on a file system that they share"
+        )
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and a clean end; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = signal.Signals(number).name
+        print(f"{self.received}: saving after this step, then stopping; once more stops at once", file=sys.stderr)

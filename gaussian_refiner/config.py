@@ -1,0 +1,168 @@
+"""Settings of the refiner: sections, historic spellings, checks."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    Parser,
+    RunConfig,
+    ValidationConfig,
+    option,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerRun(RunConfig):
+    output_dir: str = option(
+        "sd21-unclip-model-finetuned-together", "checkpoints, metrics, images; shared by all nodes"
+    )
+    seed: int = option(12345, "seed of data order, windows and every draw of the loss", minimum=0, state=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerData(DataConfig):
+    batch_size: int = option(4, "pairs per process and micro-batch", minimum=1)
+    data_json: str = option("example_kitti.json", "lists of renders, targets and conditioning images; see the guide")
+    data_root: str | None = option(None, "folder that the json's paths are relative to; null is the working directory")
+    holdout_items: int = option(
+        10, "last items, held out for validation (parallel lists without a test split)", minimum=1
+    )
+    max_train_samples: int | None = option(None, "train on the first so many items", minimum=1)
+    height_px: int | None = option(
+        None, "height of the resized images, a multiple of 8; null is 480 (4:3) or 512 (wide)"
+    )
+    random_flip: bool = option(False, "mirror a sample's three images together, half of the time")
+    windows_per_item: int | None = option(None, "draw windows from so many fixed places; null is anywhere", minimum=1)
+    cache_latents: str | None = option(None, "folder of encoded windows, made if absent; needs windows_per_item")
+
+    def __post_init__(self) -> None:
+        if self.height_px is not None and (self.height_px < 64 or self.height_px % 8):
+            raise ValueError(f"height_px {self.height_px} must be a multiple of 8 and at least 64")
+        if self.cache_latents and not self.windows_per_item:
+            raise ValueError("cache_latents needs windows_per_item: only windows at fixed places can be encoded once")
+        if self.cache_latents and self.random_flip:
+            raise ValueError("cache_latents and random_flip exclude each other: mirrored windows are not in the cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerModel:
+    pretrained_model_name_or_path: str | None = option(
+        None, "stable-diffusion-2-1-unclip: a folder or a hub id; required"
+    )
+    revision: str | None = option(None, "revision of a hub id")
+    non_ema_revision: str | None = option(None, "revision of the UNet alone; null is `revision`")
+    variant: str | None = option(None, "weight variant of all components, e.g. fp16")
+    cache_dir: str | None = option(None, "folder of hub downloads")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerLoss:
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        None, "what the UNet predicts; null is what the checkpoint says", state=True
+    )
+    use_classifier_free_guidance: bool = option(True, "drop conditions at random, so that guidance works")
+    condition_dropout_prob: float = option(0.05, "chance of each of the seven ways to drop", minimum=0, maximum=1)
+    noise_offset: float = option(0.0, "strength of the noise offset; 0 is off", minimum=0)
+    input_perturbation: float = option(0.0, "extra noise of the input that the target lacks; 0 is off", minimum=0)
+    snr_gamma: float | None = option(None, "cap of min-SNR loss weights, recommended 5; null is off", above=0)
+    snr_mode: Literal["fixed", "pairwise", "upstream"] = option(
+        "fixed", "weights by each row's timestep, by the target's, or as the original mixed them up"
+    )
+    cond_loss_weight: float = option(1.0, "weight of the conditioning rows in the loss", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerLog(LogConfig):
+    tracker_project_name: str = option("text2image-fine-tune", "project name in the tracker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerOptim(OptimConfig):
+    gradient_accumulation_steps: int = option(20, "micro-batches per optimizer step", minimum=1)
+    lr_warmup_steps: int = option(500, "optimizer steps of linear warm-up; no effect with `constant`", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerValidation(ValidationConfig):
+    max_validation_items: int | None = option(None, "held-out items repaired per validation; null is all", minimum=1)
+    num_inference_steps: int = option(20, "sampler steps", minimum=1)
+    guidance_scale: float = option(1.5, "classifier-free guidance; 1 is off and halves the cost", above=0)
+    guidance_rescale: float = option(0.7, "share by which guided predictions are rescaled", minimum=0, maximum=1)
+    strength: float = option(
+        1.0, "1 starts from noise, less from the render with that share of noise", above=0, maximum=1
+    )
+    parity: bool = option(False, "sample as the original did: guidance 10 between two prompts, no rescale")
+    lpips_weights: str | None = option(
+        None, "AlexNet weights of torchvision for LPIPS; null looks in torch hub's cache"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerConfig:
+    run: RefinerRun = field(default_factory=RefinerRun)
+    data: RefinerData = field(default_factory=RefinerData)
+    model: RefinerModel = field(default_factory=RefinerModel)
+    loss: RefinerLoss = field(default_factory=RefinerLoss)
+    optim: RefinerOptim = field(default_factory=RefinerOptim)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: RefinerLog = field(default_factory=RefinerLog)
+    validation: RefinerValidation = field(default_factory=RefinerValidation)
+
+
+ALIASES = {
+    "train_batch_size": "data.batch_size",
+    "dataloader_num_workers": "data.num_workers",
+}
+
+_LEFT_OVER = "a left-over of the text-to-image script that the original grew from"
+IGNORED = {
+    "conditioning_dropout_prob": "it looks like --condition_dropout_prob, which is the one that counts",
+    "resolution": "the aspect bucket sets the size; use --height_px",
+    "center_crop": "windows are drawn at random and validated at the centre; --windows_per_item 1 trains on the centre",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always used",
+    "foreach_ema": "the average is always updated with fused operations",
+    "validation_prompts": "the refiner validates on held-out images",
+    "dream_training": "never part of the refiner's loss",
+    "dream_detail_preservation": "never part of the refiner's loss",
+    "pretrained_ip_adpater_path": "no IP-Adapter takes part",
+    "local_rank": "the launcher sets it in the environment",
+    "push_to_hub": "upload the folder `export` with `hf upload` when you are content with it",
+    "hub_token": "nothing is uploaded",
+    "hub_model_id": "nothing is uploaded",
+    "train_data_dir": f"{_LEFT_OVER}; use --data_json and --data_root",
+    "dataset_config_name": f"{_LEFT_OVER}; use --data_json",
+    "image_column": f"{_LEFT_OVER}; use --data_json",
+    "caption_column": f"{_LEFT_OVER}; use --data_json",
+}
+
+
+def check(config: RefinerConfig) -> list[str]:
+    """Problems between sections, one sentence each."""
+    problems = []
+    if not config.model.pretrained_model_name_or_path:
+        problems.append(
+            "--pretrained_model_name_or_path is required: the folder (or hub id) of stable-diffusion-2-1-unclip"
+        )
+    if config.loss.snr_mode != "fixed" and config.loss.snr_gamma is None:
+        problems.append(f"snr_mode {config.loss.snr_mode} has no effect without snr_gamma")
+    if 7 * config.loss.condition_dropout_prob > 1:
+        problems.append(
+            f"condition_dropout_prob {config.loss.condition_dropout_prob} is above 1/7: the seven ways to drop would "
+            "not fit into one; the original's value is 0.05"
+        )
+    return problems
+
+
+PARSER = Parser(
+    RefinerConfig,
+    aliases=ALIASES,
+    ignored=IGNORED,
+    check=check,
+    program="train_repair_cross_attn_version.py",
+    description="Fine-tunes SD2.1-unCLIP to repair renders of 3D-Gaussian scenes.",
+)

@@ -1,0 +1,137 @@
+"""Training, from the command line to the exported weights; reads top to bottom."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common import loop, runtime
+from common.checkpoint import Checkpoints
+from common.config import to_dict
+from common.data import SampleLoader, SamplePlan
+from common.log import RunLog
+from common.metrics import Lpips, LpipsUnavailable
+from common.optim import EMA, Learner, build_adamw, lr_schedule
+from gaussian_refiner.config import PARSER, RefinerConfig
+from gaussian_refiner.data import RefinerDataset, read_pairs
+from gaussian_refiner.models.components import PARITY_PROMPTS, embed_text, load_components
+from gaussian_refiner.models.self_mutual_attention import install_self_mutual_attention
+from gaussian_refiner.task import RefinerTask
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains as the command line says; see `--help`."""
+    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
+    with runtime.clear_errors():
+        train(config, warnings)
+
+
+def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
+    """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
+    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    output_dir, device = Path(config.run.output_dir), accelerator.device
+
+    # Data: who is held out, and in what order the rest is seen.
+    pairs = read_pairs(config.data.data_json, config.data.data_root, config.data.holdout_items)
+    train_pairs = pairs.train[: config.data.max_train_samples]
+    options = {"height_px": config.data.height_px, "windows_per_item": config.data.windows_per_item}
+    training_set = RefinerDataset(train_pairs, random_flip=config.data.random_flip, **options)
+    held_out = RefinerDataset(pairs.validation, **options)
+    global_batch = config.data.batch_size * config.optim.gradient_accumulation_steps * accelerator.num_processes
+    loop.require_enough_items(len(training_set), config.data.batch_size, accelerator.num_processes)
+    groups = [training_set.bucket_of(index) for index in range(len(training_set))]
+    plan = SamplePlan(len(training_set), config.run.seed, global_batch, groups)
+
+    # The run folder, and where it was left off.
+    runtime.require_shared_folder(accelerator, output_dir)
+    resume_point = loop.find_resume_point(accelerator, config, output_dir)
+
+    # The checkpoint: all frozen but the UNet, which gets 8 input channels and self-mutual attention.
+    load = partial(
+        load_components,
+        config.model.pretrained_model_name_or_path,
+        revision=config.model.revision,
+        unet_revision=config.model.non_ema_revision,
+        variant=config.model.variant,
+        cache_dir=config.model.cache_dir,
+    )
+    components = load()
+    if config.loss.prediction_type:
+        components.scheduler.register_to_config(prediction_type=config.loss.prediction_type)
+    null_text = embed_text(components, [""]).to(device)  # (1, 77, C)
+    parity_text = embed_text(components, PARITY_PROMPTS).to(device)  # (2, 77, C)
+    for frozen in (components.vae, components.image_encoder):
+        frozen.requires_grad_(False).to(device, runtime.weight_dtype(accelerator))
+    bare_unet = components.unet.train()
+    cond_cache = install_self_mutual_attention(bare_unet)
+    if config.model.gradient_checkpointing:
+        bare_unet.enable_gradient_checkpointing()
+
+    # Optimizer, learning rate, moving average.
+    optimizer = build_adamw(bare_unet.parameters(), config.optim, device)
+    unet, optimizer = accelerator.prepare(bare_unet, optimizer)
+    total_steps = loop.total_steps(config.run, len(training_set), global_batch)
+    ema = EMA(bare_unet, config.optim.ema_decay, config.optim.offload_ema) if config.optim.use_ema else None
+    learning_rate = lr_schedule(config.optim, total_steps, global_batch)
+    learners = {"model": Learner(unet, optimizer, learning_rate, config.optim.max_grad_norm, ema)}
+
+    # Resume, say what is about to happen, train.
+    emas = {"unet": ema} if ema else {}
+    log = RunLog(output_dir, config.log, to_dict(config), is_main=accelerator.is_main_process)
+    run = loop.Run(
+        accelerator=accelerator,
+        config=config,
+        log=log,
+        checkpoints=Checkpoints(
+            accelerator, output_dir, {"unet": bare_unet}, emas, config.checkpoint.checkpoints_total_limit
+        ),
+        stop=runtime.StopSignal(),
+        output_dir=output_dir,
+        total_steps=total_steps,
+        global_batch=global_batch,
+        num_items=len(training_set),
+        validation_is_owed=config.validation.validate_at_start,
+    )
+    run.begin(resume_point, learners)
+    task = RefinerTask(
+        config,
+        accelerator,
+        components,
+        unet,
+        cond_cache,
+        null_text,
+        parity_text,
+        held_out,
+        log,
+        reload_components=load,
+        lpips=load_lpips(config.validation.lpips_weights, device),
+    )
+    loader = SampleLoader(
+        training_set,
+        plan,
+        micro_batch=config.data.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=config.data.num_workers,
+        bad_samples_path=output_dir / "bad_samples.jsonl",
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    loop.fit(run, task, loader, learners)
+    log.close()
+    accelerator.end_training()
+
+
+def load_lpips(weights: str | None, device: torch.device) -> Lpips | None:
+    """LPIPS with AlexNet features, or None with the reason in the log."""
+    try:
+        return Lpips.load("alex", weights, device)
+    except LpipsUnavailable as error:
+        logger.warning("validation goes without LPIPS: %s", error)
+        return None

@@ -1,0 +1,198 @@
+"""Makes small data sets out of real photographs, for the demo: no download is needed.
+
+The photographs come with scikit-image (`pip install -e '.[demo]'`).
+
+    python scripts/make_demo_data.py
+    python scripts/make_demo_data.py --output runs/demo/data --only gaussian_refiner --items 48
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+# Files in the data folder of scikit-image.
+STEREO_PAIR = ("motorcycle_left.png", "motorcycle_right.png")
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "rocket.jpg", "coffee.png")
+
+# Left, top, right, bottom in pixels; may lie between pixels.
+Box = tuple[float, float, float, float]
+
+
+def read_photograph(name: str) -> Image.Image:
+    """The RGB photograph `name` of the scikit-image package."""
+    try:
+        import skimage
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "the demo's photographs come with scikit-image: pip install -e '.[demo]'", name="skimage"
+        ) from None
+    path = Path(skimage.__file__).parent / "data" / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: scikit-image {skimage.__version__} comes without this photograph; "
+            "install the version named in pyproject.toml"
+        )
+    return Image.open(path).convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# gaussian_refiner: triples of a flawed render, the photograph of that view and a photograph of a view nearby
+
+HELD_OUT_ITEMS = 10  # the trainer holds out the last ten entries of the lists
+# Columns of the stereo pair. A point lies up to 60 px further left in the right view than in the left one, so with a gap of 60
+# nothing that a held-out item shows occurs in a training item.
+TRAINING_COLUMNS_PX = (0, 440)
+HELD_OUT_COLUMNS_PX = (500, 741)
+TRAINING_PHOTOGRAPHS = PHOTOGRAPHS[:-1]
+HELD_OUT_PHOTOGRAPH = PHOTOGRAPHS[-1]
+SIZE_PX = (320, 240)
+WIDE_SIZE_PX = (704, 188)  # half of KITTI-360's 1408x376
+LARGEST_ZOOM = 1.15
+
+
+def make_refiner_data(directory: Path, items: int = 48, seed: int = 0, wide: bool = False) -> Path:
+    """Writes `items` triples of 320x240 PNG files and example_kitti.json; returns the path of the latter.
+
+    `gt` is a window of a photograph. `cond` is the same window of the other view of a stereo pair (two items of three) or a
+    slightly shifted and scaled window of the same photograph. `render` is `gt` with the flaws of a 3D-Gaussian scene. The last
+    min(10, items - 1) items, which the trainer holds out, show other things than the rest. With `wide` every twelfth training
+    item has KITTI-360's aspect ratio. Paths in the file are relative to `directory`. The same arguments give the same pixels.
+    """
+    if items < 2:
+        raise ValueError(f"items is {items}; at least 2 are needed, one to train on and one to hold out")
+    directory = Path(directory)
+    held_out_from = items - min(HELD_OUT_ITEMS, items - 1)
+    lists: dict[str, list[str]] = {"render": [], "gt": [], "cond": []}
+    for kind in lists:
+        (directory / kind).mkdir(parents=True, exist_ok=True)
+    for index in range(items):
+        rng = np.random.default_rng([seed, index])
+        held_out = index >= held_out_from
+        if index % 3 == 2:
+            gt, cond = _photograph_views(rng, HELD_OUT_PHOTOGRAPH if held_out else rng.choice(TRAINING_PHOTOGRAPHS))
+        elif wide and not held_out and index % 12 == 0:
+            gt, cond = _stereo_views(rng, TRAINING_COLUMNS_PX, WIDE_SIZE_PX)
+        else:
+            gt, cond = _stereo_views(rng, HELD_OUT_COLUMNS_PX if held_out else TRAINING_COLUMNS_PX, SIZE_PX)
+        for kind, image in (("render", degrade(gt, rng)), ("gt", gt), ("cond", cond)):
+            path = f"{kind}/{index:04d}.png"
+            image.save(directory / path)
+            lists[kind].append(path)
+    json_path = directory / "example_kitti.json"
+    json_path.write_text(json.dumps(lists, indent=2) + "\n", encoding="utf-8")
+    return json_path
+
+
+def _stereo_views(
+    rng: np.random.Generator, columns_px: tuple[int, int], size_px: tuple[int, int]
+) -> tuple[Image.Image, Image.Image]:
+    """The same window of the left and of the right view, within the given columns."""
+    left, right = (read_photograph(name) for name in STEREO_PAIR)
+    box = _random_window(rng, (columns_px[0], 0, columns_px[1], left.height), size_px, smallest=0.75)
+    return _cut(left, box, size_px), _cut(right, box, size_px)
+
+
+def _photograph_views(rng: np.random.Generator, name: str) -> tuple[Image.Image, Image.Image]:
+    """A window of a photograph, and one that is shifted by up to 8 % and up to 15 % larger."""
+    photograph = read_photograph(name)
+    box = _random_window(rng, (0, 0, *photograph.size), SIZE_PX, smallest=0.6, largest=1 / LARGEST_ZOOM)
+    width, height = box[2] - box[0], box[3] - box[1]
+    zoom = rng.uniform(1, LARGEST_ZOOM)
+    centre_x = (box[0] + box[2]) / 2 + rng.uniform(-0.08, 0.08) * width
+    centre_y = (box[1] + box[3]) / 2 + rng.uniform(-0.08, 0.08) * height
+    left = np.clip(centre_x - zoom * width / 2, 0, photograph.width - zoom * width)
+    top = np.clip(centre_y - zoom * height / 2, 0, photograph.height - zoom * height)
+    other = (left, top, left + zoom * width, top + zoom * height)
+    return _cut(photograph, box, SIZE_PX), _cut(photograph, other, SIZE_PX)
+
+
+def _random_window(
+    rng: np.random.Generator, bounds: Box, size_px: tuple[int, int], smallest: float, largest: float = 1.0
+) -> Box:
+    """A window of the shape of `size_px`, `smallest` to `largest` times the largest one that fits into `bounds`."""
+    aspect = size_px[0] / size_px[1]
+    bounds_width, bounds_height = bounds[2] - bounds[0], bounds[3] - bounds[1]
+    width = rng.uniform(smallest, largest) * min(bounds_width, bounds_height * aspect)
+    height = width / aspect
+    left = bounds[0] + rng.uniform(0, bounds_width - width)
+    top = bounds[1] + rng.uniform(0, bounds_height - height)
+    return left, top, left + width, top + height
+
+
+def _cut(image: Image.Image, box: Box, size_px: tuple[int, int]) -> Image.Image:
+    right, bottom = min(box[2], image.width), min(box[3], image.height)  # against rounding
+    return image.resize(size_px, Image.Resampling.LANCZOS, box=(max(box[0], 0), max(box[1], 0), right, bottom))
+
+
+def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The photograph as a 3D-Gaussian scene with too few views would render it: partly blurred, with floaters and holes."""
+    pixels = np.asarray(image, dtype=np.float32)  # (H, W, 3)
+    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(1.5, 3.5))), dtype=np.float32)
+    how_blurred = 0.3 + 0.7 * _soft_patches(rng, pixels.shape[:2], coverage=rng.uniform(0.3, 0.7), scale_px=60)
+    result = pixels + how_blurred[..., None] * (blurred - pixels)
+    for _ in range(rng.integers(60, 140)):  # needles: Gaussians that fit no training view of the scene
+        result = _splat(result, pixels, rng, length_px=rng.uniform(4, 16), thinness=rng.uniform(0.1, 0.4))
+    for _ in range(rng.integers(3, 8)):  # floaters: big ones near the camera
+        result = _splat(result, pixels, rng, length_px=rng.uniform(15, 45), thinness=rng.uniform(0.2, 0.7))
+    hole = _soft_patches(rng, pixels.shape[:2], coverage=rng.uniform(0.01, 0.08), scale_px=35)[..., None]  # (H, W, 1)
+    background = rng.uniform(0, 70)
+    result += hole * (background - result)
+    return Image.fromarray(result.clip(0, 255).round().astype(np.uint8))
+
+
+def _splat(
+    canvas: np.ndarray, pixels: np.ndarray, rng: np.random.Generator, length_px: float, thinness: float
+) -> np.ndarray:
+    """Blends one elongated Gaussian over `canvas`, in the colour of some pixel nearby. Images are (H, W, 3) in [0, 255]."""
+    height, width = canvas.shape[:2]
+    centre_x, centre_y = rng.uniform(0, width), rng.uniform(0, height)
+    angle = rng.uniform(0, np.pi)
+    opacity = rng.uniform(0.25, 0.8)
+    source_x, source_y = rng.normal((centre_x, centre_y), 20).astype(int)
+    colour = pixels[np.clip(source_y, 0, height - 1), np.clip(source_x, 0, width - 1)]  # (3,)
+    x, y = np.arange(width)[None] - centre_x, np.arange(height)[:, None] - centre_y
+    along = np.cos(angle) * x + np.sin(angle) * y  # (H, W)
+    across = (np.cos(angle) * y - np.sin(angle) * x) / thinness  # (H, W)
+    alpha = opacity * np.exp(-(along**2 + across**2) / (2 * length_px**2))  # (H, W)
+    return canvas + alpha[..., None].astype(np.float32) * (colour - canvas)
+
+
+def _soft_patches(rng: np.random.Generator, shape: tuple[int, int], coverage: float, scale_px: float) -> np.ndarray:
+    """A mask in [0, 1], (H, W), with irregular soft-edged patches over about the share `coverage` of the image."""
+    height, width = shape
+    coarse = rng.normal(size=(3 + int(height / scale_px), 3 + int(width / scale_px))).astype(np.float32)
+    field = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))  # (H, W)
+    above = field - np.quantile(field, 1 - coverage)
+    return 1 / (1 + np.exp(-12 * above.clip(-5, 5)))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# One row per trainer; `arguments` are those of the command line.
+MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
+    "gaussian_refiner": lambda directory, arguments: make_refiner_data(
+        directory, arguments.items, arguments.seed, arguments.wide
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo/data"), help="one folder per trainer in it")
+    parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS), metavar="TRAINER")
+    parser.add_argument("--items", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--wide", action="store_true", help="gaussian_refiner: every twelfth item in KITTI-360's aspect"
+    )
+    arguments = parser.parse_args(argv)
+    for trainer in arguments.only:
+        print(MAKERS[trainer](arguments.output / trainer, arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""Writes miniature pretrained checkpoints, for the tests and for the demo on a CPU.
+
+A miniature has the folder layout, file formats and state-dict keys of the public checkpoint and a few thousand random weights.
+It shows that training, saving, resuming and inference work; it knows nothing about images.
+
+    python scripts/make_tiny_checkpoints.py
+    python scripts/make_tiny_checkpoints.py --output runs/demo/checkpoints --only gaussian_refiner --vae_fit_steps 400
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random CPU weights made inside follow from `seed`; the generator of the caller is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        yield
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# gaussian_refiner: stabilityai/stable-diffusion-2-1-unclip
+
+# Neighbouring levels must differ in width, or the keys of the residual blocks' 1x1 shortcuts would be missing.
+UNCLIP_UNET = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(8, 12, 16, 16),
+    layers_per_block=2,
+    norm_num_groups=4,
+    cross_attention_dim=16,
+    attention_head_dim=(1, 2, 2, 2),  # despite its name the number of heads per level
+    use_linear_projection=True,
+    class_embed_type="projection",
+    projection_class_embeddings_input_dim=24,  # image embedding and noise level embedding, 12 each
+    upcast_attention=True,
+)
+UNCLIP_VAE = dict(
+    in_channels=3,
+    out_channels=3,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(4, 8, 12, 12),
+    layers_per_block=2,
+    latent_channels=4,
+    norm_num_groups=4,
+    sample_size=64,
+    scaling_factor=0.18215,
+)
+# A VAE that is fitted must be able to tell the colour of an image as a whole. The last normalisation of the decoder subtracts
+# the image's mean within a group of channels and divides by its deviation, so that two numbers per group are lost: all of it
+# for the groups of one channel above. One group of eight channels keeps the three colours. Its keys are the same.
+UNCLIP_FITTED_VAE = UNCLIP_VAE | dict(block_out_channels=(8, 12, 16, 16), norm_num_groups=1)
+UNCLIP_TEXT_ENCODER = dict(
+    vocab_size=520,
+    hidden_size=16,
+    intermediate_size=64,
+    projection_dim=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=77,
+    hidden_act="gelu",
+    bos_token_id=0,
+    eos_token_id=2,
+    pad_token_id=1,
+)
+UNCLIP_IMAGE_ENCODER = dict(
+    hidden_size=16,
+    intermediate_size=64,
+    projection_dim=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=224,
+    patch_size=32,
+    hidden_act="gelu",
+)
+UNCLIP_SCHEDULER = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    skip_prk_steps=True,
+    set_alpha_to_one=False,
+    steps_offset=1,
+    prediction_type="v_prediction",
+)
+UNCLIP_IMAGE_NOISING_SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+CLIP_FEATURE_EXTRACTOR = dict(
+    image_processor_type="CLIPImageProcessor",
+    do_convert_rgb=True,
+    do_resize=True,
+    size={"shortest_edge": 224},
+    resample=3,
+    do_center_crop=True,
+    crop_size={"height": 224, "width": 224},
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=[0.48145466, 0.4578275, 0.40821073],
+    image_std=[0.26862954, 0.26130258, 0.27577711],
+)
+UNCLIP_MODEL_INDEX = dict(
+    _class_name="StableUnCLIPImg2ImgPipeline",
+    _diffusers_version=diffusers.__version__,
+    feature_extractor=["transformers", "CLIPImageProcessor"],
+    image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+    image_noising_scheduler=["diffusers", "DDPMScheduler"],
+    image_normalizer=["stable_diffusion", "StableUnCLIPImageNormalizer"],
+    scheduler=["diffusers", "PNDMScheduler"],
+    text_encoder=["transformers", "CLIPTextModel"],
+    tokenizer=["transformers", "CLIPTokenizer"],
+    unet=["diffusers", "UNet2DConditionModel"],
+    vae=["diffusers", "AutoencoderKL"],
+)
+
+
+def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int = 0) -> Path:
+    """A miniature of stable-diffusion-2-1-unclip that `StableUnCLIPImg2ImgPipeline.from_pretrained` loads.
+
+    The same seed gives the same bytes; files already in `directory` are overwritten. With `vae_fit_steps` > 0 the VAE is a
+    little wider and fitted on photographs (`fit_vae`: 20 s per 400 steps on two cores), so that the rest can be watched in
+    pixels. Returns `directory`.
+    """
+    directory = Path(directory)
+    write_json(directory / "model_index.json", UNCLIP_MODEL_INDEX)
+    write_clip_tokenizer(directory / "tokenizer")
+    write_json(directory / "feature_extractor" / "preprocessor_config.json", CLIP_FEATURE_EXTRACTOR)
+    PNDMScheduler(**UNCLIP_SCHEDULER).save_pretrained(directory / "scheduler")
+    DDPMScheduler(**UNCLIP_IMAGE_NOISING_SCHEDULER).save_pretrained(directory / "image_noising_scheduler")
+    with seeded(seed):
+        CLIPTextModel(CLIPTextConfig(**UNCLIP_TEXT_ENCODER)).save_pretrained(directory / "text_encoder")
+    with seeded(seed):
+        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**UNCLIP_IMAGE_ENCODER))
+    image_encoder.save_pretrained(directory / "image_encoder")
+    with seeded(seed):
+        image_normalizer = StableUnCLIPImageNormalizer(UNCLIP_IMAGE_ENCODER["projection_dim"])
+        nn.init.normal_(image_normalizer.mean, std=0.25)
+        nn.init.uniform_(image_normalizer.std, 0.5, 1.5)
+    image_normalizer.save_pretrained(directory / "image_normalizer")
+    with seeded(seed):
+        UNet2DConditionModel(**UNCLIP_UNET).save_pretrained(directory / "unet")
+    with seeded(seed):
+        vae = AutoencoderKL(**(UNCLIP_FITTED_VAE if vae_fit_steps else UNCLIP_VAE))
+    if vae_fit_steps:
+        psnr_db = fit_vae(vae, vae_fit_steps, seed)
+        print(f"VAE after {vae_fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the photographs")
+    vae.save_pretrained(directory / "vae")
+    return directory
+
+
+def write_clip_tokenizer(directory: Path) -> None:
+    """CLIP's byte-pair tokenizer with six merges, as the four files of the public checkpoint.
+
+    special_tokens_map.json names another padding token than tokenizer_config.json, and wins: text is padded with `!`, id 0.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    stand_ins = range(256, 256 + 256 - len(printable))  # for the other bytes, as in GPT-2
+    symbols = [chr(code) for code in (*printable, *stand_ins)]
+    merges = ["l o", "lo w</w>", "b e", "be s", "bes t</w>", "q u"]
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *(merge.replace(" ", "") for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+
+    def special(content: str) -> dict:
+        return dict(content=content, lstrip=False, normalized=True, rstrip=False, single_word=False)
+
+    begin, end = special("<|startoftext|>"), special("<|endoftext|>")
+    tokenizer_config = dict(
+        add_prefix_space=False,
+        bos_token={"__type": "AddedToken", **begin},
+        do_lower_case=True,
+        eos_token={"__type": "AddedToken", **end},
+        errors="replace",
+        model_max_length=77,
+        pad_token="<|endoftext|>",
+        special_tokens_map_file="./special_tokens_map.json",
+        tokenizer_class="CLIPTokenizer",
+        unk_token={"__type": "AddedToken", **end},
+    )
+    write_json(directory / "vocab.json", {word: index for index, word in enumerate(words)})
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", tokenizer_config)
+    special_tokens_map = dict(bos_token=begin, eos_token=end, pad_token="!", unk_token=end)
+    write_json(directory / "special_tokens_map.json", special_tokens_map)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# A VAE that reconstructs: starts as "average 8x8 pixels, then interpolate" and is fitted on photographs from there
+
+
+def fit_vae(vae: AutoencoderKL, steps: int, seed: int = 0, batch_size: int = 8, crop_px: int = 64) -> float:
+    """Fits `vae`, in place, to decode the mean of its posterior to the input. Returns the mean PSNR over the photographs in dB.
+
+    L1 loss on random crops of the scikit-image photographs, Adam, cosine learning rate. Afterwards each latent channel of the
+    photographs has mean 0 and deviation 1/scaling_factor, and sampling the posterior changes a latent by 0.3 % of that.
+    Reproducible on one machine; the last bits depend on the number of threads.
+    """
+    photographs = _photographs()
+    generator = torch.Generator().manual_seed(seed)
+    _start_as_average_pooling(vae)
+    vae.train()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    for _ in range(steps):
+        pixels = _random_crops(photographs, batch_size, crop_px, generator)  # (B, 3, crop, crop)
+        loss = (_reconstruct(vae, pixels) - pixels).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    vae.eval()
+    with torch.no_grad():
+        _scale_latents(vae, photographs)
+        squared_errors = [(_reconstruct(vae, x).clamp(-1, 1) - x).square().mean() for x in photographs]
+    return sum(-10 * math.log10(error.item() / 4) for error in squared_errors) / len(
+        squared_errors
+    )  # peak to peak is 2
+
+
+def _photographs() -> list[torch.Tensor]:
+    """Photographs in [-1, 1], each (1, 3, H, W) with sides that are multiples of 8."""
+    from make_demo_data import PHOTOGRAPHS, STEREO_PAIR, read_photograph  # needs scikit-image
+
+    photographs = []
+    for name in (*PHOTOGRAPHS, *STEREO_PAIR):
+        pixels = torch.from_numpy(np.array(read_photograph(name))).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        height_px, width_px = (side // 8 * 8 for side in pixels.shape[2:])
+        photographs.append(pixels[:, :, :height_px, :width_px] / 127.5 - 1)
+    return photographs
+
+
+def _random_crops(
+    photographs: list[torch.Tensor], count: int, size_px: int, generator: torch.Generator
+) -> torch.Tensor:
+    crops = []
+    for _ in range(count):
+        image = photographs[torch.randint(len(photographs), (), generator=generator)]
+        top, left = (int(torch.randint(side - size_px + 1, (), generator=generator)) for side in image.shape[2:])
+        crops.append(image[:, :, top : top + size_px, left : left + size_px])
+    return torch.cat(crops)  # (count, 3, size, size)
+
+
+def _reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    return vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+
+
+@torch.no_grad()
+def _start_as_average_pooling(vae: AutoencoderKL) -> None:
+    """Lets channels 0-2 carry R, G, B from end to end; the other weights stay random. From there a fit takes seconds.
+
+    The residual branches start at zero. The normalisation at either end would subtract an image's mean colour: two constant,
+    large and opposite channels 3 and 4 set its scale and tell what it subtracted.
+    """
+    carrier = 8.0
+    centre = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    average = torch.tensor(
+        [[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]]
+    )  # stride 2, padded at the right and the bottom
+    smooth = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16  # after nearest-neighbour doubling
+    for name, module in vae.named_modules():
+        if name.endswith(("conv2", "to_out.0")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif name.endswith("conv_in"):
+            _carry_colours(module, centre)
+        elif name.endswith("conv_shortcut"):
+            _carry_colours(module, torch.ones(1, 1))
+        elif name.endswith("downsamplers.0.conv"):
+            _carry_colours(module, average)
+        elif name.endswith("upsamplers.0.conv"):
+            _carry_colours(module, smooth)
+    for half, last_block in (
+        (vae.encoder, vae.encoder.mid_block.resnets[-1]),
+        (vae.decoder, vae.decoder.up_blocks[-1].resnets[-1]),
+    ):
+        last_block.conv2.bias[3:5] = torch.tensor([carrier, -carrier])
+        nn.init.ones_(half.conv_norm_out.weight)
+        nn.init.constant_(half.conv_norm_out.bias, 8.0)  # where SiLU is nearly the identity
+        scale = carrier * math.sqrt(2 / half.conv_norm_out.num_channels)  # what the normalisation divided by
+        _carry_colours(half.conv_out, centre * scale)
+        half.conv_out.weight[:3, 3:5, 1, 1] = -scale / 2
+    latent_channels = vae.config.latent_channels
+    nn.init.dirac_(vae.post_quant_conv.weight)
+    nn.init.zeros_(vae.post_quant_conv.bias)
+    nn.init.dirac_(vae.quant_conv.weight)
+    vae.quant_conv.weight[latent_channels:] = 0
+    vae.quant_conv.bias[:latent_channels] = 0
+    vae.quant_conv.bias[latent_channels:] = -8.0  # log-variance, constant
+
+
+def _carry_colours(conv: nn.Conv2d, taps: torch.Tensor) -> None:
+    """Output channels 0-2 become input channels 0-2 filtered with `taps`, (kernel, kernel)."""
+    conv.weight[:3] = 0
+    conv.bias[:3] = 0
+    for channel in range(3):
+        conv.weight[channel, channel] = taps
+
+
+def _scale_latents(vae: AutoencoderKL, photographs: list[torch.Tensor]) -> None:
+    """Brings the latents to mean 0 and deviation 1/scaling_factor per channel; decoded images stay the same.
+
+    Both convolutions next to the latents are 1x1, so they take up the change exactly.
+    """
+    latents = torch.cat(
+        [vae.encode(pixels).latent_dist.mode().flatten(2) for pixels in photographs], dim=2
+    )  # (1, C, N)
+    mean = latents.mean((0, 2))  # (C,)
+    gain = 1 / (vae.config.scaling_factor * latents.std((0, 2)))  # (C,)
+    channels = len(mean)
+    encode, decode = vae.quant_conv, vae.post_quant_conv
+    encode.weight[:channels] *= gain[:, None, None, None]
+    encode.bias[:channels] = (encode.bias[:channels] - mean) * gain
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight /= gain[None, :, None, None]
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# One row per trainer; `arguments` are those of the command line.
+MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
+    "gaussian_refiner": lambda directory, arguments: make_refiner_checkpoint(
+        directory, arguments.seed, arguments.vae_fit_steps
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo/checkpoints"), help="one folder per trainer in it"
+    )
+    parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS), metavar="TRAINER")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae_fit_steps", type=int, default=0, help="0 = random VAE; 400 = about 23 dB in 20 s")
+    arguments = parser.parse_args(argv)
+    if arguments.vae_fit_steps < 0:
+        parser.error(f"--vae_fit_steps is {arguments.vae_fit_steps}; it must be 0 (random VAE) or more")
+    for trainer in arguments.only:
+        print(MAKERS[trainer](arguments.output / trainer, arguments))
+
+
+if __name__ == "__main__":
+    main()

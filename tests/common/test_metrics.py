@@ -1,0 +1,186 @@
+"""PSNR, SSIM and LPIPS against their definitions and the libraries that define them."""
+
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from common import metrics
+from common.metrics import Lpips, LpipsUnavailable, psnr, ssim
+
+lpips = pytest.importorskip("lpips")
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    """A photograph with two degradations, and itself twice: (2, 3, 64, 80) each."""
+    target = torch.from_numpy(data.astronaut()[40:104, 180:260].copy()).permute(2, 0, 1) / 255  # (3, 64, 80)
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    pred = torch.stack([(target + 0.1 * noise).clamp(0, 1), torch.roll(target, 2, dims=2)])  # (2, 3, 64, 80)
+    return pred, target.expand(2, -1, -1, -1)
+
+
+def test_psnr_is_that_of_skimage(pair):
+    expected = [peak_signal_noise_ratio(t.numpy(), p.numpy(), data_range=1) for p, t in zip(*pair, strict=True)]
+    actual = psnr(*pair)
+    assert actual.shape == (2,)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_psnr_of_known_errors_and_its_cap():
+    zero = torch.zeros(3, 3, 4, 4)
+    pred = torch.stack([torch.full((3, 4, 4), value) for value in (0.1, 1.0, 0.0)])
+    np.testing.assert_allclose(psnr(pred, zero), [20, 0, 100], atol=1e-5)
+
+
+def test_ssim_is_that_of_skimage(pair):
+    expected = [
+        structural_similarity(
+            t.double().numpy(),
+            p.double().numpy(),
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1,
+        )
+        for p, t in zip(*pair, strict=True)
+    ]
+    actual = ssim(*pair)
+    assert actual.shape == (2,)
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)
+    np.testing.assert_allclose(ssim(pair[1], pair[1]), [1, 1], rtol=1e-12)
+
+
+def test_half_precision_inputs_are_computed_in_full(pair):
+    pred, target = (x.bfloat16() for x in pair)
+    np.testing.assert_array_equal(psnr(pred, target), psnr(pred.double(), target.double()))
+    np.testing.assert_array_equal(ssim(pred, target), ssim(pred.double(), target.double()))
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_shapes_are_checked(metric):
+    with pytest.raises(ValueError, match=r"one shape \(B, C, H, W\), got \(1, 3, 16, 16\) and \(2, 3, 16, 16\)"):
+        metric(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"got \(3, 16, 16\)"):
+        metric(torch.zeros(3, 16, 16), torch.zeros(3, 16, 16))
+
+
+def test_ssim_needs_one_window():
+    assert ssim(torch.zeros(1, 1, 11, 11), torch.zeros(1, 1, 11, 11)).tolist() == [1]
+    with pytest.raises(ValueError, match=r"at least 11 px, got \(10, 20\)"):
+        ssim(torch.zeros(1, 1, 10, 20), torch.zeros(1, 1, 10, 20))
+
+
+# LPIPS ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alexnet() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torchvision.models.alexnet(weights=None)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """An empty torch.hub cache and a network that must not be touched."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("touched the network"))
+
+
+def reference(net: torch.nn.Module) -> torch.nn.Module:
+    """lpips.LPIPS whose layers are those of `net`, copied by position."""
+    model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    layers = [layer for part in range(1, 6) for layer in getattr(model.net, f"slice{part}")]
+    for layer, source in zip(layers, net.features, strict=False):  # the last pooling is not part of LPIPS
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.load_state_dict(source.state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_lpips_is_that_of_the_package(pair, alexnet, offline, tmp_path, suffix):
+    path = tmp_path / f"alexnet{suffix}"
+    save_file(alexnet.state_dict(), path) if suffix == ".safetensors" else torch.save(alexnet.state_dict(), path)
+    metric = Lpips.load("alex", path)
+    with torch.no_grad():
+        expected = reference(alexnet)(pair[0], pair[1], normalize=True).flatten()
+    actual = metric(*pair)
+    assert actual.shape == (2,) and actual.dtype == torch.float32 and not actual.requires_grad
+    assert expected.min() > 0
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    assert metric(pair[1], pair[1]).tolist() == [0, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(metric(*pair), expected, rtol=1e-6, atol=0)
+
+
+def test_lpips_takes_the_cached_weights(pair, alexnet, offline, tmp_path):
+    name = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(alexnet.state_dict(), tmp_path / "hub" / "checkpoints" / name)
+    torch.save(alexnet.state_dict(), tmp_path / "given.pth")
+    torch.testing.assert_close(Lpips.load()(*pair), Lpips.load("alex", tmp_path / "given.pth")(*pair), rtol=0, atol=0)
+
+
+def test_lpips_leaves_the_random_state_alone(alexnet, offline, tmp_path):
+    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    before = torch.get_rng_state()
+    Lpips.load("alex", tmp_path / "alexnet.pth")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("net", "file"), [("alex", "alexnet-owt-7be5be79.pth"), ("vgg", "vgg16-397923af.pth")])
+def test_offline_message_names_file_place_and_key(offline, tmp_path, net, file):
+    with pytest.raises(LpipsUnavailable) as raised:
+        Lpips.load(net)
+    text = str(raised.value)
+    assert "HF_HUB_OFFLINE forbids a download" in text and f"/{file} and put it to" in text
+    assert str(tmp_path / "hub" / "checkpoints" / file) in text and "set validation.lpips_weights to" in text
+
+
+def test_failing_download_is_quick_and_leaves_nothing(offline, monkeypatch, tmp_path):
+    timeouts = []
+
+    def refuse(url, timeout):
+        timeouts.append(timeout)
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(LpipsUnavailable, match="download failed .*no route to host.*validation.lpips_weights"):
+        Lpips.load("alex")
+    assert timeouts == [metrics.DOWNLOAD_TIMEOUT_SECONDS]
+    assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+
+
+def test_download_with_another_hash_is_refused(offline, monkeypatch, tmp_path):
+    (tmp_path / "page.html").write_bytes(b"please log in to the wireless network")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: open(tmp_path / "page.html", "rb"))
+    with pytest.raises(LpipsUnavailable, match="has SHA-256 .* which its name contradicts"):
+        Lpips.load("alex")
+    assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+
+
+def test_wrong_weights_are_named(alexnet, offline, tmp_path):
+    with pytest.raises(LpipsUnavailable, match="nowhere.pth are not a file: download"):
+        Lpips.load("alex", tmp_path / "nowhere.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(LpipsUnavailable, match="text.pth cannot be read as a state dict"):
+        Lpips.load("alex", tmp_path / "text.pth")
+    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    with pytest.raises(LpipsUnavailable, match=r"not those of torchvision's VGG16: features.0.weight has shape"):
+        Lpips.load("vgg", tmp_path / "alexnet.pth")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(LpipsUnavailable, match=r"torchvision's AlexNet: features.0.weight is absent"):
+        Lpips.load("alex", tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="net is 'squeeze'"):
+        Lpips.load("squeeze")

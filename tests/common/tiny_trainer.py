@@ -1,0 +1,162 @@
+"""A whole trainer in miniature, on everything of `common`: what the tests of the loop start as processes."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import loop, runtime
+from common.checkpoint import Checkpoints
+from common.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    Parser,
+    RunConfig,
+    ValidationConfig,
+    option,
+    to_dict,
+)
+from common.data import SampleLoader, SamplePlan, draw_normal
+from common.log import RunLog
+from common.optim import EMA, Learner, build_adamw, lr_schedule
+
+WIDTH, NUM_ITEMS = 16, 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyData(DataConfig):
+    bad_items: tuple[int, ...] = option((), "items that cannot be read")
+    nan_samples: tuple[int, ...] = option((), "sample numbers whose loss is not a number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: TinyData = field(default_factory=TinyData)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+class Source:
+    """Items are vectors; two groups of unequal size, as aspect buckets would be."""
+
+    def __init__(self, bad_items: tuple[int, ...]):
+        self.bad_items = bad_items
+
+    def __len__(self) -> int:
+        return NUM_ITEMS
+
+    def group_of(self, index: int) -> str:
+        return "a" if index % 3 else "b"
+
+    def files_of(self, index: int) -> list[Path]:
+        return [Path(f"item-{index}.bin")]
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, object]:
+        if index in self.bad_items:
+            raise ValueError(f"item-{index}.bin is damaged")
+        x = np.cos(np.arange(WIDTH, dtype=np.float32) * (index + 1)) + rng.normal(0, 0.1, WIDTH).astype(np.float32)
+        return {"x": x, "group": self.group_of(index)}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, 32), nn.SiLU(), nn.Dropout(0.0), nn.Linear(32, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class TinyTask:
+    """Denoises vectors, and writes down which samples each process saw with which draws."""
+
+    def __init__(self, config: TinyConfig, accelerator, model: nn.Module, bare: nn.Module, seen: Path):
+        self.config, self.accelerator, self.model, self.bare, self.seen = config, accelerator, model, bare, seen
+
+    def training_step(self, batch: dict, step: int) -> loop.StepOutput:
+        numbers = batch["sample_number"].tolist()
+        assert len(set(batch["group"])) == 1, f"step {step} mixes groups {batch['group']}"
+        noise = draw_normal(self.config.run.seed, "noise", numbers, (WIDTH,)).to(batch["x"].device)
+        with open(self.seen, "a") as file:
+            for number, item, x, row in zip(numbers, batch["item"].tolist(), batch["x"], noise, strict=True):
+                file.write(f"{step} {number} {item} {x.sum().item().hex()} {row.sum().item().hex()}\n")
+        loss = (self.model(batch["x"] + noise).float() - batch["x"]).square().mean(dim=1)  # (B,)
+        bad = torch.tensor([n in self.config.data.nan_samples for n in numbers], device=loss.device)
+        return loop.StepOutput(torch.where(bad, torch.nan, loss).mean(), {"noise": noise.mean()})
+
+    def validate(self, step: int) -> dict[str, float]:
+        x = draw_normal(0, "held out", range(4), (WIDTH,)).to(self.accelerator.device)
+        return {"error": (self.bare(x).float() - x).square().mean().item()}
+
+    def export(self, directory: Path) -> None:
+        if self.accelerator.is_main_process:
+            torch.save(self.bare.state_dict(), directory / "weights.bin")
+
+
+def main(argv: list[str]) -> None:
+    config, _ = Parser(TinyConfig, program="tiny_trainer.py").parse_or_exit(argv)
+    with runtime.clear_errors():
+        train(config)
+
+
+def train(config: TinyConfig) -> None:
+    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+    output_dir, rank = Path(config.run.output_dir), accelerator.process_index
+    source = Source(config.data.bad_items)
+    global_batch = config.data.batch_size * config.optim.gradient_accumulation_steps * accelerator.num_processes
+    loop.require_enough_items(len(source), config.data.batch_size, accelerator.num_processes)
+    groups = [source.group_of(i) for i in range(len(source))]
+    plan = SamplePlan(len(source), config.run.seed, global_batch, groups)
+    runtime.require_shared_folder(accelerator, output_dir)
+    resume_point = loop.find_resume_point(accelerator, config, output_dir)
+
+    torch.manual_seed(0)
+    bare = Model()
+    optimizer = build_adamw(bare.parameters(), config.optim, accelerator.device)
+    model, optimizer = accelerator.prepare(bare, optimizer)
+    total_steps = loop.total_steps(config.run, len(source), global_batch)
+    ema = EMA(bare, config.optim.ema_decay) if config.optim.use_ema else None
+    schedule = lr_schedule(config.optim, total_steps, global_batch)
+    learners = {"model": Learner(model, optimizer, schedule, config.optim.max_grad_norm, ema)}
+
+    log = RunLog(output_dir, config.log, to_dict(config), is_main=accelerator.is_main_process)
+    limit = config.checkpoint.checkpoints_total_limit
+    run = loop.Run(
+        accelerator=accelerator,
+        config=config,
+        log=log,
+        checkpoints=Checkpoints(accelerator, output_dir, {"model": bare}, {"model": ema} if ema else {}, limit),
+        stop=runtime.StopSignal(),
+        output_dir=output_dir,
+        total_steps=total_steps,
+        global_batch=global_batch,
+        num_items=len(source),
+        validation_is_owed=config.validation.validate_at_start,
+    )
+    run.begin(resume_point, learners)
+    task = TinyTask(config, accelerator, model, bare, output_dir / f"seen-{rank}.txt")
+    loader = SampleLoader(
+        source,
+        plan,
+        micro_batch=config.data.batch_size,
+        rank=rank,
+        world_size=accelerator.num_processes,
+        num_workers=config.data.num_workers,
+        bad_samples_path=output_dir / "bad_samples.jsonl",
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    loop.fit(run, task, loader, learners)
+    log.close()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
