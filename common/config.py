@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 NULL_WORDS = ("none", "null", "~")
 MASK = "***"
+WARMED_UP = "lr_scheduler=linear|cosine|cosine_with_restarts|polynomial|constant_with_warmup"
 
 
 class ConfigError(ValueError):
@@ -48,6 +49,7 @@ def option(
     maximum: float | None = None,
     secret: bool = False,
     state: bool = False,
+    needs: str | None = None,
 ) -> Any:
     """A configuration field.
 
@@ -57,9 +59,11 @@ def option(
         minimum, above, maximum: inclusive lower, exclusive lower and inclusive upper limit of a number.
         secret: never written to a file, a log or a tracker.
         state: a change between save and resume would break the saved state, so it is refused.
+        needs: without this the field has no effect, and giving it is warned about: `other_field` (set and not false) or
+            `other_field=value|value`, of the same section.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum}
-    return field(default=default, metadata={"help": help, "secret": secret, "state": state, **limits})
+    return field(default=default, metadata={"help": help, "secret": secret, "state": state, "needs": needs, **limits})
 
 
 # The sections that every trainer has ----------------------------------------------------------------------------------
@@ -70,7 +74,9 @@ class RunConfig:
     output_dir: str = option("runs/run", "folder of checkpoints, metrics and images; shared by all nodes")
     seed: int = option(0, "seed of data order, augmentation and every draw of the loss", minimum=0, state=True)
     max_train_steps: int | None = option(None, "optimizer steps to train; overrides num_train_epochs", minimum=1)
-    num_train_epochs: int = option(100, "passes over the data, where max_train_steps is not given", minimum=1)
+    num_train_epochs: int = option(
+        100, "passes over the data, where max_train_steps is not given", minimum=1, needs="max_train_steps=null"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "autocast type; null obeys the launcher")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere and newer GPUs")
     process_group_timeout_s: int = option(1800, "seconds a collective may take before the run is ended", minimum=1)
@@ -98,10 +104,14 @@ class OptimConfig:
         "constant_with_warmup",
         "piecewise_constant",
     ] = option("constant", "learning-rate schedule, over optimizer steps")
-    lr_warmup_steps: int = option(0, "optimizer steps of linear warm-up; no effect with `constant`", minimum=0)
-    lr_num_cycles: int = option(1, "hard restarts of cosine_with_restarts", minimum=1)
-    lr_power: float = option(1.0, "power of polynomial", above=0)
-    lr_step_rules: str | None = option(None, "piecewise_constant: `factor:until_step,...,last_factor`, e.g. 1:1000,0.1")
+    lr_warmup_steps: int = option(
+        0, "optimizer steps of linear warm-up; none with `constant`", minimum=0, needs=WARMED_UP
+    )
+    lr_num_cycles: int = option(1, "hard restarts", minimum=1, needs="lr_scheduler=cosine_with_restarts")
+    lr_power: float = option(1.0, "power of polynomial", above=0, needs="lr_scheduler=polynomial")
+    lr_step_rules: str | None = option(
+        None, "`factor:until_step,...,last_factor`, e.g. 1:1000,0.1", needs="lr_scheduler=piecewise_constant"
+    )
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", minimum=1)
     adam_beta1: float = option(0.9, "AdamW beta 1", minimum=0, maximum=1)
     adam_beta2: float = option(0.999, "AdamW beta 2", minimum=0, maximum=1)
@@ -110,8 +120,10 @@ class OptimConfig:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm; 0 is off", minimum=0)
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes (extra `bnb`)", state=True)
     use_ema: bool = option(False, "average the weights (EMA); the average is validated and exported", state=True)
-    ema_decay: float = option(0.9999, "upper bound of the EMA decay (1 + n) / (10 + n)", minimum=0, maximum=1)
-    offload_ema: bool = option(False, "keep the EMA weights in host memory")
+    ema_decay: float = option(
+        0.9999, "upper bound of the EMA decay (1 + n) / (10 + n)", minimum=0, maximum=1, needs="use_ema"
+    )
+    offload_ema: bool = option(False, "keep the EMA weights in host memory", needs="use_ema")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +144,7 @@ class LogConfig:
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     validation_steps: int | None = option(None, "optimizer steps between validations; null counts epochs", minimum=1)
-    validation_epochs: int = option(1, "epochs between validations, where validation_steps is not given", minimum=1)
+    validation_epochs: int = option(1, "epochs between validations", minimum=1, needs="validation_steps=null")
     validate_at_start: bool = option(True, "validate once before the first step")
 
 
@@ -310,7 +322,7 @@ class Parser:
             problems += self.check(config)
         if problems:
             raise ConfigError(problems)
-        return config, warnings
+        return config, warnings + self._without_effect(config, merged)
 
     def parse_or_exit(self, argv: Sequence[str]) -> tuple[Any, list[str]]:
         """As `parse`; prints `--help` or `--print_config` and exits 0, prints problems and exits 2."""
@@ -439,6 +451,20 @@ class Parser:
             except ValueError as error:
                 problems.append(f"{section}: {error}")
         return self.config_class(**sections) if len(sections) == len(values) else None
+
+    def _without_effect(self, config: Any, given: Mapping[str, tuple[Any, str]]) -> list[str]:
+        """One sentence for every setting that was given but that another setting makes pointless."""
+        warnings = []
+        for path, (_, spelling) in given.items():
+            name, _, values = (self.knobs[path].metadata.get("needs") or "").partition("=")
+            if not name:
+                continue
+            needed = getattr(getattr(config, path.split(".")[0]), name)
+            word = "null" if needed is None else str(needed)
+            if (word not in values.split("|")) if values else not needed:
+                wanted = f"{name} is {word}" + (f", not {values.replace('|', ' or ')}" if values else "")
+                warnings.append(f"{spelling} has no effect: {wanted}")
+        return warnings
 
     def help(self) -> str:
         """The `--help` text, generated from the fields: full name, spellings, type, default, meaning."""

@@ -64,10 +64,14 @@ class Task(Protocol):
 class Settings(Protocol):
     """The sections that the loop reads of any trainer's configuration."""
 
-    run: RunConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
-    validation: ValidationConfig
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def log(self) -> LogConfig: ...
+    @property
+    def validation(self) -> ValidationConfig: ...
 
 
 class NonFiniteError(RuntimeError):

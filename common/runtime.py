@@ -14,6 +14,7 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
 )
+from torch import Tensor
 
 from common.config import RunConfig
 from common.data import rng_for
@@ -31,6 +33,21 @@ from common.data import rng_for
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class Processes(Protocol):
+    """What a task needs to know of the processes that it shares its work with; `accelerate.Accelerator` has it."""
+
+    @property
+    def process_index(self) -> int: ...
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def is_main_process(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor: ...
+    def wait_for_everyone(self) -> None: ...
 
 
 def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_parameters: bool = False) -> Accelerator:
@@ -82,8 +99,17 @@ def _set_up_logging(accelerator: Accelerator) -> None:
         stream=sys.stderr,
         force=True,
     )
-    for noisy in ("httpx", "httpcore", "PIL", "accelerate", "absl"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries' chatter and loading bars out of a run's output; their warnings stay, diffusers' errors too."""
+    for name in ("httpx", "httpcore", "PIL", "accelerate", "absl"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for name in ("diffusers", "transformers"):
+        if name in sys.modules:
+            sys.modules[name].utils.logging.disable_progress_bar()
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,8 +131,9 @@ def to_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray:
 def save_image(path: str | os.PathLike, image: np.ndarray | torch.Tensor) -> None:
     """Write an image (see `to_uint8`); the suffix selects the format. Makes parent folders; the file appears whole."""
     picture = Image.fromarray(to_uint8(image))
+    options: dict[str, Any] = {"quality": 95} if Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
     with _atomic(Path(path)) as temporary:
-        picture.save(temporary, **({"quality": 95} if Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp") else {}))
+        picture.save(temporary, **options)
 
 
 def contact_sheet(
@@ -257,15 +259,15 @@ def _output_size(index: _ClipIndex, width_px: int | None, height_px: int | None)
     for name, value in (("width_px", width_px), ("height_px", height_px)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, but must be at least 1")
-    if width_px is None and height_px is None:
-        return index.width_px, index.height_px
-    width = width_px or max(1, round(index.width_px * height_px / index.height_px))
-    height = height_px or max(1, round(index.height_px * width_px / index.width_px))
-    return width, height
+    if width_px is not None:
+        return width_px, height_px or max(1, round(index.height_px * width_px / index.width_px))
+    if height_px is not None:
+        return max(1, round(index.width_px * height_px / index.height_px)), height_px
+    return index.width_px, index.height_px
 
 
 @lru_cache(maxsize=1)
-def _decord():
+def _decord() -> Any:
     """The decord module, or None where it is not installed or its libraries do not load."""
     try:
         import decord
@@ -275,9 +277,10 @@ def _decord():
 
 
 @contextmanager
-def _open(path: str | os.PathLike, num_threads: int = 1):
+def _open(path: str | os.PathLike, num_threads: int = 1) -> Iterator[tuple[Any, Any]]:
     """(container, video stream) of PyAV; every error of FFmpeg inside the block becomes a MediaError."""
     import av
+    from av.error import FFmpegError
 
     _require_file(path)
     try:
@@ -290,7 +293,7 @@ def _open(path: str | os.PathLike, num_threads: int = 1):
             if num_threads > 1:
                 stream.codec_context.thread_type = "AUTO"
             yield container, stream
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise MediaError(path, f"cannot be read as video ({type(error).__name__}: {error.strerror})") from error
 
 
@@ -372,9 +375,10 @@ def _presentation_order(container, stream, packets: list[_Packet]) -> tuple[np.n
     reordered_avi = container.format.name == "avi" and (codec.has_b_frames or codec.name == "h264")
     key_pts = np.array(sorted(p.pts for p in packets if p.is_key and p.pts is not None), np.int64)
     shown = [p.pts for p in packets if not p.is_discard]
-    if reordered_avi or None in shown or len(set(shown)) != len(shown) or len(key_pts) == 0:
+    distinct = {value for value in shown if value is not None}
+    if reordered_avi or len(distinct) != len(shown) or len(key_pts) == 0:
         return None, key_pts
-    pts = np.array(sorted(shown), np.int64)  # (N,)
+    pts = np.array(sorted(distinct), np.int64)  # (N,)
     return pts[pts >= key_pts[0]], key_pts  # frames before the first keyframe refer to frames that the file lacks
 
 
@@ -397,14 +401,8 @@ def _decord_obstacle(container, stream, packets: list[_Packet], pts: np.ndarray 
         return f"its colour conversion differs for {codec.pix_fmt} at {codec.width}x{codec.height}"
     if len(pts) != len(packets):
         return "the file holds packets that are not shown"
-    order = np.array([p.pts for p in packets], np.int64)  # (N,) in file order
-    before = np.concatenate([[np.iinfo(np.int64).min], np.maximum.accumulate(order)[:-1]])
-    after = np.concatenate([np.minimum.accumulate(order[::-1])[::-1][1:], [np.iinfo(np.int64).max]])
-    is_key = np.array([p.is_key for p in packets])
-    if ((order < before) | (order > after))[is_key].any():
-        return "frames shown before a keyframe follow it in the file (open GOP)"
     if codec.name == "h264" and not all(p.is_idr for p in packets if p.is_key):
-        return "not every keyframe is an IDR picture"
+        return "not every keyframe is an IDR picture, as in open GOPs"
     # The standards fix the decoded pixels of these to the bit, and decord's FFmpeg is an old one.
     return "" if codec.name in ("h264", "vp8", "vp9") else f"its {codec.name} decoder is not known to be exact"
 
@@ -424,7 +422,7 @@ def _read_with_decord(
 ) -> list[np.ndarray] | None:
     """The frames `wanted`, or None where decord is absent or fails: an error instead if `required`."""
     decord = _decord()
-    reason = "decord is not installed" if decord is None else index.decord_obstacle
+    reason = index.decord_obstacle if decord else "decord is not installed"
     if not reason:
         try:
             reader = decord.VideoReader(os.fspath(path), num_threads=num_threads, fault_tol=1e-9)
@@ -447,7 +445,7 @@ def _read_with_pyav(
     if index.pts is not None:
         # A seek may land late, and what follows a keyframe of an open GOP or intra-refresh stream may not decode alone.
         with suppress(MediaError), _open(path, num_threads) as (container, stream):
-            for key_pts, numbers in _group_by_keyframe(index, wanted):
+            for key_pts, numbers in _group_by_keyframe(index.key_pts, index.pts, wanted):
                 if key_pts != index.key_pts[0]:
                     container.seek(key_pts, stream=stream)
                 found |= _decode_until(path, container.decode(stream), index, numbers)
@@ -461,25 +459,27 @@ def _read_with_pyav(
     return [found[n] for n in wanted]
 
 
-def _group_by_keyframe(index: _ClipIndex, wanted: list[int]) -> list[tuple[int, list[int]]]:
-    """[(timestamp of a keyframe, the frames among `wanted` that it is the last keyframe before)]"""
-    keys = index.key_pts[np.searchsorted(index.key_pts, index.pts[wanted], side="right") - 1]  # (T,)
+def _group_by_keyframe(key_pts: np.ndarray, pts: np.ndarray, wanted: list[int]) -> list[tuple[int, list[int]]]:
+    """[(timestamp of a keyframe, the frames among `wanted` from it up to the next keyframe)]"""
+    keys = key_pts[np.searchsorted(key_pts, pts[wanted], side="right") - 1]  # (T,)
     return [(int(key), [n for n, k in zip(wanted, keys, strict=True) if k == key]) for key in np.unique(keys)]
 
 
-def _decode_until(path, decoded: Iterator, index: _ClipIndex, numbers: list[int]) -> dict[int, np.ndarray]:
+def _decode_until(
+    path: str | os.PathLike, decoded: Iterator[Any], index: _ClipIndex, numbers: list[int]
+) -> dict[int, np.ndarray]:
     """Decode until the last of `numbers` is past; the frames among them that came out undamaged."""
     found: dict[int, np.ndarray] = {}
-    wanted = set(numbers)
-    number_of = None if index.pts is None else {int(index.pts[n]): n for n in numbers}
+    number_at = {n if index.pts is None else int(index.pts[n]): n for n in numbers}
+    last = max(number_at)
     for count, frame in enumerate(decoded):
-        number = count if number_of is None else number_of.get(frame.pts)
-        if number in wanted and not frame.is_corrupt:
-            found[number] = _upright(frame)
-            if found[number].shape[:2] != (index.height_px, index.width_px):
-                raise MediaError(path, f"the frame size changes at frame {number}, which is not supported")
-        past_last = count >= numbers[-1] if number_of is None else (frame.pts or 0) >= index.pts[numbers[-1]]
-        if past_last:
+        position = count if index.pts is None else frame.pts
+        if position in number_at and not frame.is_corrupt:
+            image = _upright(frame)
+            if image.shape[:2] != (index.height_px, index.width_px):
+                raise MediaError(path, f"its frames change size at frame {number_at[position]}, which is not supported")
+            found[number_at[position]] = image
+        if position is not None and position >= last:
             break
     return found
 
@@ -515,7 +515,7 @@ def write_video(
     movflags = {"movflags": "faststart"} if path.suffix.lower() in (".mp4", ".mov") else {}
     with _atomic(path) as temporary, av.open(str(temporary), "w", container_options=movflags) as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream(codec, rate=rate, options={"crf": str(crf)})
+        stream: Any = container.add_stream(codec, rate=rate, options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         # FFmpeg converts RGB with the BT.601 matrix; players would guess BT.709 for large frames.
         stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG

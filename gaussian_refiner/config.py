@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.config import (
+    WARMED_UP,
     CheckpointConfig,
     DataConfig,
     LogConfig,
@@ -66,12 +67,14 @@ class RefinerLoss:
         None, "what the UNet predicts; null is what the checkpoint says", state=True
     )
     use_classifier_free_guidance: bool = option(True, "drop conditions at random, so that guidance works")
-    condition_dropout_prob: float = option(0.05, "chance of each of the seven ways to drop", minimum=0, maximum=1)
+    condition_dropout_prob: float = option(
+        0.05, "chance of each of the seven ways to drop", minimum=0, maximum=1, needs="use_classifier_free_guidance"
+    )
     noise_offset: float = option(0.0, "strength of the noise offset; 0 is off", minimum=0)
     input_perturbation: float = option(0.0, "extra noise of the input that the target lacks; 0 is off", minimum=0)
     snr_gamma: float | None = option(None, "cap of min-SNR loss weights, recommended 5; null is off", above=0)
     snr_mode: Literal["fixed", "pairwise", "upstream"] = option(
-        "fixed", "weights by each row's timestep, by the target's, or as the original mixed them up"
+        "fixed", "weights by each row's timestep, by the target's, or as the original mixed them up", needs="snr_gamma"
     )
     cond_loss_weight: float = option(1.0, "weight of the conditioning rows in the loss", minimum=0)
 
@@ -84,15 +87,21 @@ class RefinerLog(LogConfig):
 @dataclass(frozen=True, kw_only=True)
 class RefinerOptim(OptimConfig):
     gradient_accumulation_steps: int = option(20, "micro-batches per optimizer step", minimum=1)
-    lr_warmup_steps: int = option(500, "optimizer steps of linear warm-up; no effect with `constant`", minimum=0)
+    lr_warmup_steps: int = option(
+        500, "optimizer steps of linear warm-up; none with `constant`", minimum=0, needs=WARMED_UP
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerValidation(ValidationConfig):
     max_validation_items: int | None = option(None, "held-out items repaired per validation; null is all", minimum=1)
-    num_inference_steps: int = option(20, "sampler steps", minimum=1)
-    guidance_scale: float = option(1.5, "classifier-free guidance; 1 is off and halves the cost", above=0)
-    guidance_rescale: float = option(0.7, "share by which guided predictions are rescaled", minimum=0, maximum=1)
+    num_inference_steps: int = option(20, "sampler steps", minimum=1, needs="parity=False")
+    guidance_scale: float = option(
+        1.5, "classifier-free guidance; 1 is off and halves the cost", above=0, needs="parity=False"
+    )
+    guidance_rescale: float = option(
+        0.7, "share by which guided predictions are rescaled", minimum=0, maximum=1, needs="parity=False"
+    )
     strength: float = option(
         1.0, "1 starts from noise, less from the render with that share of noise", above=0, maximum=1
     )
@@ -148,8 +157,6 @@ def check(config: RefinerConfig) -> list[str]:
         problems.append(
             "--pretrained_model_name_or_path is required: the folder (or hub id) of stable-diffusion-2-1-unclip"
         )
-    if config.loss.snr_mode != "fixed" and config.loss.snr_gamma is None:
-        problems.append(f"snr_mode {config.loss.snr_mode} has no effect without snr_gamma")
     if 7 * config.loss.condition_dropout_prob > 1:
         problems.append(
             f"condition_dropout_prob {config.loss.condition_dropout_prob} is above 1/7: the seven ways to drop would "

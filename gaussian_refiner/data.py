@@ -104,8 +104,8 @@ def read_pairs(json_path: str | Path, data_root: str | Path | None = None, holdo
 
 
 def _pair(record: dict[str, Any], root: Path) -> Pair:
-    images = {key: None if record[key] is None else root / record[key] for key in IMAGE_KEYS}
-    return Pair(name=record["name"], prompt=record["prompt"], **images)
+    cond = None if record["cond"] is None else root / record["cond"]
+    return Pair(record["name"], root / record["render"], root / record["gt"], cond, record["prompt"])
 
 
 def _parse(content: Any, problems: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -359,9 +359,19 @@ class RefinerDataset:
         if self.windows_per_item is None:
             offset = window_offset(rng, *bucket_wh)
         else:
-            offset = int(rng.choice(window_places(*bucket_wh, self.windows_per_item)))
+            offset = window_places(*bucket_wh, self.windows_per_item)[self.draw_place(rng)]
         flip = self.random_flip and bool(rng.random() < 0.5)
         return _to_sample(self.pairs[index], load_crops(self.pairs[index], bucket_wh, offset), flip)
+
+    def draw_place(self, rng: np.random.Generator) -> int:
+        """Which of its `windows_per_item` fixed windows a sample shows."""
+        return int(rng.integers(self.windows_per_item))
+
+    def window(self, index: int, place: int) -> dict[str, np.ndarray]:
+        """One of the fixed windows of item `index`, never flipped; keys as in `sample`."""
+        bucket_wh = self._bucket_wh(index)
+        offset = window_places(*bucket_wh, self.windows_per_item)[place]
+        return _to_sample(self.pairs[index], load_crops(self.pairs[index], bucket_wh, offset), flip=False)
 
     def validation_sample(self, index: int) -> dict[str, np.ndarray]:
         """The centre window of item `index`, never flipped; keys as in `sample`."""

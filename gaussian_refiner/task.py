@@ -6,7 +6,7 @@ The formulas are in `models.objective` and `models.denoise`; here they meet the 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from common.data import draw_integers, draw_normal, draw_uniform
 from common.log import RunLog
 from common.loop import StepOutput
 from common.metrics import Lpips, psnr, ssim
+from common.runtime import Processes
 from common.video import contact_sheet, load_image, to_uint8
 from gaussian_refiner.config import RefinerConfig, RefinerLoss, RefinerValidation
 from gaussian_refiner.data import RefinerDataset
@@ -114,18 +115,6 @@ def sampling(validation: RefinerValidation, null_text: Tensor, parity_text: Tens
         ("clip", "render", "cond"),
         (null_text, null_text),
     )
-
-
-class Processes(Protocol):
-    """What the task needs to know of the processes that it shares its work with (`accelerate.Accelerator` has it)."""
-
-    process_index: int
-    num_processes: int
-    is_main_process: bool
-    device: torch.device
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor: ...
-    def wait_for_everyone(self) -> None: ...
 
 
 class RefinerTask:
@@ -234,12 +223,12 @@ class RefinerTask:
             return
         fresh = self.reload_components()
         fresh.unet.load_state_dict({k: v.float() for k, v in self.components.unet.state_dict().items()})
-        fresh.scheduler.register_to_config(prediction_type=self.settings.prediction_type)
+        fresh.set_prediction_type(self.settings.prediction_type)
         fresh.pipeline().save_pretrained(directory)
 
 
 def _batch_of_one(sample: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    tensors = {key: torch.as_tensor(value)[None] for key, value in sample.items()}  # (1, ...)
+    tensors = {key: torch.from_numpy(np.array(value))[None] for key, value in sample.items()}  # (1, ...)
     return {key: value if key == "cond_u8" else value.to(device) for key, value in tensors.items()}
 
 

@@ -15,6 +15,7 @@ from common.data import SampleLoader, SamplePlan
 from common.log import RunLog
 from common.metrics import Lpips, LpipsUnavailable
 from common.optim import EMA, Learner, build_adamw, lr_schedule
+from gaussian_refiner import cache
 from gaussian_refiner.config import PARSER, RefinerConfig
 from gaussian_refiner.data import RefinerDataset, read_pairs
 from gaussian_refiner.models.components import PARITY_PROMPTS, embed_text, load_components
@@ -41,9 +42,13 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     # Data: who is held out, and in what order the rest is seen.
     pairs = read_pairs(config.data.data_json, config.data.data_root, config.data.holdout_items)
     train_pairs = pairs.train[: config.data.max_train_samples]
-    options = {"height_px": config.data.height_px, "windows_per_item": config.data.windows_per_item}
-    training_set = RefinerDataset(train_pairs, random_flip=config.data.random_flip, **options)
-    held_out = RefinerDataset(pairs.validation, **options)
+    training_set = RefinerDataset(
+        train_pairs,
+        random_flip=config.data.random_flip,
+        height_px=config.data.height_px,
+        windows_per_item=config.data.windows_per_item,
+    )
+    held_out = RefinerDataset(pairs.validation, height_px=config.data.height_px)
     global_batch = config.data.batch_size * config.optim.gradient_accumulation_steps * accelerator.num_processes
     loop.require_enough_items(len(training_set), config.data.batch_size, accelerator.num_processes)
     groups = [training_set.bucket_of(index) for index in range(len(training_set))]
@@ -56,7 +61,7 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     # The checkpoint: all frozen but the UNet, which gets 8 input channels and self-mutual attention.
     load = partial(
         load_components,
-        config.model.pretrained_model_name_or_path,
+        str(config.model.pretrained_model_name_or_path),
         revision=config.model.revision,
         unet_revision=config.model.non_ema_revision,
         variant=config.model.variant,
@@ -64,7 +69,7 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     )
     components = load()
     if config.loss.prediction_type:
-        components.scheduler.register_to_config(prediction_type=config.loss.prediction_type)
+        components.set_prediction_type(config.loss.prediction_type)
     null_text = embed_text(components, [""]).to(device)  # (1, 77, C)
     parity_text = embed_text(components, PARITY_PROMPTS).to(device)  # (2, 77, C)
     for frozen in (components.vae, components.image_encoder):
@@ -73,6 +78,10 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     cond_cache = install_self_mutual_attention(bare_unet)
     if config.model.gradient_checkpointing:
         bare_unet.enable_gradient_checkpointing()
+
+    source = training_set
+    if config.data.cache_latents:
+        source = cache.build(training_set, components, config.data.cache_latents, accelerator)
 
     # Optimizer, learning rate, moving average.
     optimizer = build_adamw(bare_unet.parameters(), config.optim, device)
@@ -114,7 +123,7 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
         lpips=load_lpips(config.validation.lpips_weights, device),
     )
     loader = SampleLoader(
-        training_set,
+        source,
         plan,
         micro_batch=config.data.batch_size,
         rank=accelerator.process_index,

@@ -167,7 +167,7 @@ def _soft_patches(rng: np.random.Generator, shape: tuple[int, int], coverage: fl
     coarse = rng.normal(size=(3 + int(height / scale_px), 3 + int(width / scale_px))).astype(np.float32)
     field = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))  # (H, W)
     above = field - np.quantile(field, 1 - coverage)
-    return 1 / (1 + np.exp(-12 * above.clip(-5, 5)))
+    return 1 / (1 + np.exp(-8 * above.clip(-5, 5)))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from diffusers.schedulers import SchedulerMixin
 from huggingface_hub.errors import HfHubHTTPError
@@ -59,6 +60,10 @@ class Components:
             embed_mean=self.image_normalizer.mean.detach().to(device),
             embed_std=self.image_normalizer.std.detach().to(device),
         )
+
+    def set_prediction_type(self, prediction_type: str) -> None:
+        """Makes the scheduler take the UNet's answers for `epsilon` or `v_prediction`, whatever the checkpoint says."""
+        self.scheduler.register_to_config(prediction_type=prediction_type)
 
     def pipeline(self) -> StableUnCLIPImg2ImgPipeline:
         """The components as a diffusers pipeline, to be saved; its own sampling does not know the render."""
@@ -134,11 +139,12 @@ def check_layout(source: str) -> None:
 
 
 def _load_scheduler(source: str, hub: dict[str, Any]) -> SchedulerMixin:
-    """The scheduler of the class that the checkpoint names, PNDM in the released one."""
-    import diffusers
-
-    config = SchedulerMixin.load_config(source, subfolder="scheduler", **hub)
-    return getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config)
+    """The scheduler of the class that the checkpoint names: PNDM in the released one."""
+    config = PNDMScheduler.load_config(source, subfolder="scheduler", **hub)
+    scheduler_class = getattr(diffusers, config.get("_class_name", "PNDMScheduler"), None)
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+        raise ValueError(f"{source}/scheduler names {config.get('_class_name')!r}, which is no scheduler of diffusers")
+    return scheduler_class.from_config(config)
 
 
 def _first_line(error: BaseException) -> str:

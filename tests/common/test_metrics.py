@@ -82,10 +82,12 @@ def test_ssim_needs_one_window():
 
 
 @pytest.fixture(scope="module")
-def alexnet() -> torch.nn.Module:
+def alexnet() -> dict[str, torch.Tensor]:
+    """A random state dict as torchvision's, without the classifier: LPIPS has no use for it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return torchvision.models.alexnet(weights=None)
+        features = torchvision.models.alexnet(weights=None).features
+    return {f"features.{name}": value for name, value in features.state_dict().items()}
 
 
 @pytest.fixture
@@ -96,20 +98,20 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("touched the network"))
 
 
-def reference(net: torch.nn.Module) -> torch.nn.Module:
-    """lpips.LPIPS whose layers are those of `net`, copied by position."""
+def reference(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """lpips.LPIPS whose convolutions are those of `weights`, copied in their order."""
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    layers = [layer for part in range(1, 6) for layer in getattr(model.net, f"slice{part}")]
-    for layer, source in zip(layers, net.features, strict=False):  # the last pooling is not part of LPIPS
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.load_state_dict(source.state_dict())
+    layers = [layer for layer in model.net.modules() if isinstance(layer, torch.nn.Conv2d)]
+    for layer, number in zip(layers, (0, 3, 6, 8, 10), strict=True):
+        layer.load_state_dict({name: weights[f"features.{number}.{name}"] for name in ("weight", "bias")})
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated since 0.13")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_lpips_is_that_of_the_package(pair, alexnet, offline, tmp_path, suffix):
     path = tmp_path / f"alexnet{suffix}"
-    save_file(alexnet.state_dict(), path) if suffix == ".safetensors" else torch.save(alexnet.state_dict(), path)
+    save_file(alexnet, path) if suffix == ".safetensors" else torch.save(alexnet, path)
     metric = Lpips.load("alex", path)
     with torch.no_grad():
         expected = reference(alexnet)(pair[0], pair[1], normalize=True).flatten()
@@ -125,13 +127,13 @@ def test_lpips_is_that_of_the_package(pair, alexnet, offline, tmp_path, suffix):
 def test_lpips_takes_the_cached_weights(pair, alexnet, offline, tmp_path):
     name = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(alexnet.state_dict(), tmp_path / "hub" / "checkpoints" / name)
-    torch.save(alexnet.state_dict(), tmp_path / "given.pth")
+    torch.save(alexnet, tmp_path / "hub" / "checkpoints" / name)
+    torch.save(alexnet, tmp_path / "given.pth")
     torch.testing.assert_close(Lpips.load()(*pair), Lpips.load("alex", tmp_path / "given.pth")(*pair), rtol=0, atol=0)
 
 
 def test_lpips_leaves_the_random_state_alone(alexnet, offline, tmp_path):
-    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    torch.save(alexnet, tmp_path / "alexnet.pth")
     before = torch.get_rng_state()
     Lpips.load("alex", tmp_path / "alexnet.pth")
     assert torch.equal(torch.get_rng_state(), before)
@@ -176,7 +178,7 @@ def test_wrong_weights_are_named(alexnet, offline, tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(LpipsUnavailable, match="text.pth cannot be read as a state dict"):
         Lpips.load("alex", tmp_path / "text.pth")
-    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    torch.save(alexnet, tmp_path / "alexnet.pth")
     with pytest.raises(LpipsUnavailable, match=r"not those of torchvision's VGG16: features.0.weight has shape"):
         Lpips.load("vgg", tmp_path / "alexnet.pth")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")

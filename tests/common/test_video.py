@@ -312,7 +312,7 @@ def test_edit_list_hides_frames(tmp_path):
 
 @pytest.mark.parametrize("name", ["open_gop.mp4", "hevc.mp4"])
 def test_clip_cut_inside_an_open_gop_starts_at_its_first_keyframe(clips, tmp_path, name):
-    path, keyframes = tmp_path / name, 0
+    path, keyframes = tmp_path / "cut.mkv", 0  # MP4 would hide the frames before the keyframe by an edit list
     with av.open(str(clips[name])) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -323,6 +323,8 @@ def test_clip_cut_inside_an_open_gop_starts_at_its_first_keyframe(clips, tmp_pat
     count = probe_video(path).num_frames
     assert [number_of(f) for f in read_frames(path, range(count))] == list(range(NUM_FRAMES - count, NUM_FRAMES))
     assert 20 <= count < NUM_FRAMES
+    with av.open(str(path)) as file:
+        assert sum(packet.size > 0 for packet in file.demux(video=0)) > count
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
@@ -357,6 +359,19 @@ def test_resizing_is_the_same_for_both_backends(clips):
 def test_index_out_of_range_says_how_many_frames_there_are(clips, backend, index):
     with pytest.raises(IndexError, match=f"frame {index} was asked for, but the clip has {NUM_FRAMES} frames"):
         read_frames(clips["b_frames.mp4"], [0, index], backend=backend)
+
+
+def test_pyav_seeks_instead_of_decoding_from_the_start(clips, monkeypatch):
+    path = clips["b_frames.mp4"]
+    probe_video(path)
+    decoded, plain = [], video._decode_until
+
+    def counted(path, frames, index, numbers):
+        return plain(path, (decoded.append(frame.pts) or frame for frame in frames), index, numbers)
+
+    monkeypatch.setattr(video, "_decode_until", counted)
+    assert [number_of(frame) for frame in read_frames(path, [38, 1], backend="pyav")] == [38, 1]
+    assert len(decoded) == 2 + 3  # frames 0 and 1; 36 (a keyframe) to 38
 
 
 def test_unknown_backend(clips):
