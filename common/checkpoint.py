@@ -230,8 +230,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def save_weights(module: nn.Module, directory: Path) -> None:
     """A diffusers folder where the module can write one, else `model.safetensors`."""
-    if hasattr(module, "save_pretrained"):
-        module.save_pretrained(directory)
+    save_pretrained = getattr(module, "save_pretrained", None)
+    if callable(save_pretrained):
+        save_pretrained(directory)
     else:
         directory.mkdir(parents=True, exist_ok=True)
         save_file({name: t.contiguous() for name, t in module.state_dict().items()}, directory / "model.safetensors")

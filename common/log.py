@@ -6,12 +6,12 @@ Only the main process writes metrics. A tracker that is missing or fails is name
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from common.config import LogConfig
 from common.video import save_image
@@ -42,7 +42,7 @@ class RunLog:
         tracker_arguments: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         self.output_dir, self.is_main = output_dir, is_main
-        self.trackers: list[GeneralTracker] = []
+        self.trackers: dict[str, Any] = {}
         if is_main:
             logging_dir = output_dir / settings.logging_dir
             flat = {f"{section}.{k}": _plain(v) for section, values in config.items() for k, v in values.items()}
@@ -65,7 +65,7 @@ class RunLog:
             hint = "; WANDB_MODE=offline logs to disk" if name == "wandb" else ""
             logger.warning("tracker %s did not start (%s): the run goes on without it%s", name, _line(error), hint)
             return
-        self.trackers.append(tracker)
+        self.trackers[name] = tracker
 
     def begin(self, step: int) -> None:
         """Removes what a former run recorded after `step`, so that a resumed file reads as if never interrupted.
@@ -116,13 +116,13 @@ class RunLog:
         """Flushes and ends the trackers."""
         self._each(lambda tracker: tracker.finish())
 
-    def _each(self, action: Any) -> None:
-        for tracker in list(self.trackers):
+    def _each(self, action: Callable[[Any], None]) -> None:
+        for name, tracker in list(self.trackers.items()):
             try:
                 action(tracker)
             except Exception as error:  # see _start
-                logger.warning("tracker %s failed (%s): it is left out from now on", tracker.name, _line(error))
-                self.trackers.remove(tracker)
+                logger.warning("tracker %s failed (%s): it is left out from now on", name, _line(error))
+                del self.trackers[name]
 
 
 def _tracker_names(report_to: str) -> list[str]:
@@ -137,7 +137,7 @@ def _tracker_names(report_to: str) -> list[str]:
     return [name for name in names if name != "none"]
 
 
-def _track_image(tracker: GeneralTracker, name: str, image: np.ndarray, step: int) -> None:
+def _track_image(tracker: Any, name: str, image: np.ndarray, step: int) -> None:
     if tracker.name == "tensorboard":
         tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")  # (1, H, W, 3)
     elif hasattr(tracker, "log_images"):

@@ -224,7 +224,7 @@ def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learn
         sums: dict[str, Tensor] = {}
         for _ in range(accelerator.gradient_accumulation_steps):
             waiting = time.perf_counter()
-            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+            batch: Any = send_to_device(next(batches), accelerator.device, non_blocking=True)
             data_wait_s += time.perf_counter() - waiting
             with accelerator.accumulate(*models):
                 output = task.training_step(batch, run.step)
@@ -328,7 +328,7 @@ def _agree(
     names = sorted(sums)
     values = torch.stack([sums[name] / accelerator.gradient_accumulation_steps for name in names])
     flags = torch.tensor([float(stop), float(too_many_bad)], device=values.device)
-    values = accelerator.reduce(torch.cat([values, flags]), "mean")
+    values: Any = accelerator.reduce(torch.cat([values, flags]), "mean")
     numbers = torch.cat([values, grad_norm.detach().float().reshape(1).to(values.device)]).tolist()
     return dict(zip([*names, "_stop", "_too_many_bad", "grad_norm"], numbers, strict=True))
 

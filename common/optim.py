@@ -105,7 +105,7 @@ def build_adamw(parameters: Iterable[Any], optim: OptimConfig, device: torch.dev
     }
     if optim.use_8bit_adam:
         try:
-            import bitsandbytes
+            import bitsandbytes  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ValueError(
                 "use_8bit_adam needs bitsandbytes: pip install 'visual-trainers[bnb]', or leave use_8bit_adam out"
@@ -176,7 +176,7 @@ class EMA:
         """One update, after an optimizer step."""
         self.updates += 1
         live = [self._place(p.detach().float()) for p in self._live()]
-        torch._foreach_lerp_(self.average, live, 1.0 - self.current_decay())
+        torch._foreach_lerp_(self.average, live, 1.0 - self.current_decay())  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

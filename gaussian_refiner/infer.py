@@ -61,6 +61,9 @@ class InferModel:
         None, "the folder `export` of a run, or the original checkpoint (folder or hub id) with --unet; required"
     )
     unet: str | None = option(None, "folder of another UNet: checkpoint-500, its unet or its unet_ema")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        None, "what that UNet was trained to predict; null is what the checkpoint says"
+    )
     revision: str | None = option(None, "revision of a hub id")
     variant: str | None = option(None, "weight variant of all components, e.g. fp16")
     cache_dir: str | None = option(None, "folder of hub downloads")
@@ -70,7 +73,9 @@ class InferModel:
 class InferFrame:
     height_px: int | None = option(None, "height of the resized images, a multiple of 8; null is 480 (4:3) or 512")
     full_frame: bool = option(False, "the whole width in one piece instead of overlapping square windows")
-    window_overlap_px: int | None = option(None, "least overlap of windows; null is a quarter of the height", minimum=0)
+    window_overlap_px: int | None = option(
+        None, "least overlap of windows; null is a quarter of the height", minimum=0, needs="full_frame=False"
+    )
 
     def __post_init__(self) -> None:
         if self.height_px is not None and (self.height_px < 64 or self.height_px % 8):
@@ -79,15 +84,28 @@ class InferFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class InferSampling:
-    num_inference_steps: int = option(RefinerValidation.num_inference_steps, "sampler steps", minimum=1)
+    num_inference_steps: int = option(
+        RefinerValidation.num_inference_steps, "sampler steps", minimum=1, needs="parity=False"
+    )
     guidance_scale: float = option(
-        RefinerValidation.guidance_scale, "classifier-free guidance; 1 is off and halves the cost", above=0
+        RefinerValidation.guidance_scale,
+        "classifier-free guidance; 1 is off and halves the cost",
+        above=0,
+        needs="parity=False",
     )
     guidance_rescale: float = option(
-        RefinerValidation.guidance_rescale, "share by which guided predictions are rescaled", minimum=0, maximum=1
+        RefinerValidation.guidance_rescale,
+        "share by which guided predictions are rescaled",
+        minimum=0,
+        maximum=1,
+        needs="parity=False",
     )
     strength: float = option(
-        1.0, "1 starts from noise, less from the render with that share of noise", above=0, maximum=1
+        RefinerValidation.strength,
+        "1 starts from noise, less from the render with that share of noise",
+        above=0,
+        maximum=1,
+        needs="parity=False",
     )
     parity: bool = option(False, "sample as the original did: guidance 10 between two prompts, no rescale")
 
@@ -322,6 +340,8 @@ def load_refiner(config: InferConfig) -> Refiner:
         cache_dir=config.model.cache_dir,
         unet_source=config.model.unet,
     )
+    if config.model.prediction_type:
+        components.set_prediction_type(config.model.prediction_type)
     if not components.unet.conv_in.weight[:, LATENT_CHANNELS:].any():
         print(
             f"the UNet of {config.model.unet or config.model.pretrained_model_name_or_path} does not look at the "
@@ -617,6 +637,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
     for warning in warnings:
         print(warning, file=sys.stderr)
+    runtime.quiet_libraries()
     with runtime.clear_errors():
         failures = infer(config)
     if failures:

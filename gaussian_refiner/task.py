@@ -24,6 +24,7 @@ from gaussian_refiner.models.components import Components, embed_images
 from gaussian_refiner.models.denoise import NullKind, decode, denoise, encode
 from gaussian_refiner.models.objective import (
     ObjectiveSettings,
+    PredictionType,
     RefinerDraws,
     RefinerInputs,
     class_labels,
@@ -36,7 +37,7 @@ PARITY_STEPS = 20
 SHEET_ROWS = 8
 
 
-def objective_settings(loss: RefinerLoss, prediction_type: str) -> ObjectiveSettings:
+def objective_settings(loss: RefinerLoss, prediction_type: PredictionType) -> ObjectiveSettings:
     """The loss section as the objective takes it."""
     return ObjectiveSettings(
         condition_dropout_prob=loss.condition_dropout_prob if loss.use_classifier_free_guidance else None,
@@ -152,7 +153,7 @@ class RefinerTask:
         self.constants = components.constants(processes.device)
         self.null_text = null_text
         self.sampling = sampling(config.validation, null_text, parity_text)
-        self.settings = objective_settings(config.loss, components.scheduler.config.prediction_type)
+        self.settings = objective_settings(config.loss, components.prediction_type)
 
     def training_step(self, batch: dict[str, Any], step: int) -> StepOutput:
         """The repair loss of one micro-batch."""
@@ -223,7 +224,7 @@ class RefinerTask:
             return
         fresh = self.reload_components()
         fresh.unet.load_state_dict({k: v.float() for k, v in self.components.unet.state_dict().items()})
-        fresh.set_prediction_type(self.settings.prediction_type)
+        fresh.prediction_type = self.settings.prediction_type
         fresh.pipeline().save_pretrained(directory)
 
 

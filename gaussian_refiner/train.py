@@ -69,7 +69,7 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     )
     components = load()
     if config.loss.prediction_type:
-        components.set_prediction_type(config.loss.prediction_type)
+        components.prediction_type = config.loss.prediction_type
     null_text = embed_text(components, [""]).to(device)  # (1, 77, C)
     parity_text = embed_text(components, PARITY_PROMPTS).to(device)  # (2, 77, C)
     for frozen in (components.vae, components.image_encoder):

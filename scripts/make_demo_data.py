@@ -39,12 +39,12 @@ def read_photograph(name: str) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # gaussian_refiner: triples of a flawed render, the photograph of that view and a photograph of a view nearby
 
 HELD_OUT_ITEMS = 10  # the trainer holds out the last ten entries of the lists
-# Columns of the stereo pair. A point lies up to 60 px further left in the right view than in the left one, so with a gap of 60
-# nothing that a held-out item shows occurs in a training item.
+# Columns of the stereo pair. A point lies up to 60 px further left in the right view than in the left one, so with a gap
+# of 60 px nothing that a held-out gt shows occurs in a training item.
 TRAINING_COLUMNS_PX = (0, 440)
 HELD_OUT_COLUMNS_PX = (500, 741)
 TRAINING_PHOTOGRAPHS = PHOTOGRAPHS[:-1]
@@ -57,10 +57,11 @@ LARGEST_ZOOM = 1.15
 def make_refiner_data(directory: Path, items: int = 48, seed: int = 0, wide: bool = False) -> Path:
     """Writes `items` triples of 320x240 PNG files and example_kitti.json; returns the path of the latter.
 
-    `gt` is a window of a photograph. `cond` is the same window of the other view of a stereo pair (two items of three) or a
-    slightly shifted and scaled window of the same photograph. `render` is `gt` with the flaws of a 3D-Gaussian scene. The last
-    min(10, items - 1) items, which the trainer holds out, show other things than the rest. With `wide` every twelfth training
-    item has KITTI-360's aspect ratio. Paths in the file are relative to `directory`. The same arguments give the same pixels.
+    `gt` is a window of a photograph. `cond` is the same window of the other view of a stereo pair (two items of three) or
+    a slightly shifted and scaled window of the same photograph. `render` is `gt` with the flaws of a 3D-Gaussian scene.
+    The last min(10, items - 1) items, which the trainer holds out, show other things than the rest. With `wide` every
+    twelfth training item has KITTI-360's aspect ratio (704x188). Paths in the file are relative to `directory`. The same
+    arguments give the same pixels. Raises ValueError for less than two items.
     """
     if items < 2:
         raise ValueError(f"items is {items}; at least 2 are needed, one to train on and one to hold out")
@@ -129,7 +130,7 @@ def _cut(image: Image.Image, box: Box, size_px: tuple[int, int]) -> Image.Image:
 
 
 def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The photograph as a 3D-Gaussian scene with too few views would render it: partly blurred, with floaters and holes."""
+    """The photograph as a 3D-Gaussian scene fitted to few views would render it: blurred in part, floaters, holes."""
     pixels = np.asarray(image, dtype=np.float32)  # (H, W, 3)
     blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(1.5, 3.5))), dtype=np.float32)
     how_blurred = 0.3 + 0.7 * _soft_patches(rng, pixels.shape[:2], coverage=rng.uniform(0.3, 0.7), scale_px=60)
@@ -147,7 +148,7 @@ def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _splat(
     canvas: np.ndarray, pixels: np.ndarray, rng: np.random.Generator, length_px: float, thinness: float
 ) -> np.ndarray:
-    """Blends one elongated Gaussian over `canvas`, in the colour of some pixel nearby. Images are (H, W, 3) in [0, 255]."""
+    """Blends an elongated Gaussian over `canvas`, in the colour of a pixel nearby. Images: (H, W, 3), [0, 255]."""
     height, width = canvas.shape[:2]
     centre_x, centre_y = rng.uniform(0, width), rng.uniform(0, height)
     angle = rng.uniform(0, np.pi)
@@ -170,7 +171,7 @@ def _soft_patches(rng: np.random.Generator, shape: tuple[int, int], coverage: fl
     return 1 / (1 + np.exp(-8 * above.clip(-5, 5)))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {

@@ -1,10 +1,10 @@
 """Writes miniature pretrained checkpoints, for the tests and for the demo on a CPU.
 
-A miniature has the folder layout, file formats and state-dict keys of the public checkpoint and a few thousand random weights.
-It shows that training, saving, resuming and inference work; it knows nothing about images.
+A miniature has the folder layout, file formats and state-dict keys of the public checkpoint, and some 100,000 random
+weights. It shows that training, saving, resuming and inference work; it knows nothing about images.
 
     python scripts/make_tiny_checkpoints.py
-    python scripts/make_tiny_checkpoints.py --output runs/demo/checkpoints --only gaussian_refiner --vae_fit_steps 400
+    python scripts/make_tiny_checkpoints.py --output runs/demo/checkpoints --only gaussian_refiner --vae_fit_steps 300
 """
 
 import argparse
@@ -24,6 +24,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums come out the same on every machine, and threads do not wait for each other where the processors are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random CPU weights made inside follow from `seed`; the generator of the caller is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -36,7 +47,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # gaussian_refiner: stabilityai/stable-diffusion-2-1-unclip
 
 # Neighbouring levels must differ in width, or the keys of the residual blocks' 1x1 shortcuts would be missing.
@@ -68,9 +79,9 @@ UNCLIP_VAE = dict(
     sample_size=64,
     scaling_factor=0.18215,
 )
-# A VAE that is fitted must be able to tell the colour of an image as a whole. The last normalisation of the decoder subtracts
-# the image's mean within a group of channels and divides by its deviation, so that two numbers per group are lost: all of it
-# for the groups of one channel above. One group of eight channels keeps the three colours. Its keys are the same.
+# A VAE that is fitted must be able to tell the colour of an image as a whole. The last normalisation of the decoder
+# subtracts an image's mean over a group of channels and divides by the deviation: with the groups of one channel above
+# nothing is left of an image of one colour. One group of eight channels keeps the three colours. The keys are the same.
 UNCLIP_FITTED_VAE = UNCLIP_VAE | dict(block_out_channels=(8, 12, 16, 16), norm_num_groups=1)
 UNCLIP_TEXT_ENCODER = dict(
     vocab_size=520,
@@ -138,9 +149,9 @@ UNCLIP_MODEL_INDEX = dict(
 def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int = 0) -> Path:
     """A miniature of stable-diffusion-2-1-unclip that `StableUnCLIPImg2ImgPipeline.from_pretrained` loads.
 
-    The same seed gives the same bytes; files already in `directory` are overwritten. With `vae_fit_steps` > 0 the VAE is a
-    little wider and fitted on photographs (`fit_vae`: 20 s per 400 steps on two cores), so that the rest can be watched in
-    pixels. Returns `directory`.
+    The same seed gives the same bytes; files already in `directory` are overwritten. With `vae_fit_steps` > 0 the VAE is
+    a little wider and fitted on photographs (`fit_vae`), so that the effect of training can be seen in images. Returns
+    `directory`.
     """
     directory = Path(directory)
     write_json(directory / "model_index.json", UNCLIP_MODEL_INDEX)
@@ -163,7 +174,8 @@ def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int =
     with seeded(seed):
         vae = AutoencoderKL(**(UNCLIP_FITTED_VAE if vae_fit_steps else UNCLIP_VAE))
     if vae_fit_steps:
-        psnr_db = fit_vae(vae, vae_fit_steps, seed)
+        with one_thread():
+            psnr_db = fit_vae(vae, vae_fit_steps, seed)
         print(f"VAE after {vae_fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the photographs")
     vae.save_pretrained(directory / "vae")
     return directory
@@ -172,7 +184,8 @@ def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int =
 def write_clip_tokenizer(directory: Path) -> None:
     """CLIP's byte-pair tokenizer with six merges, as the four files of the public checkpoint.
 
-    special_tokens_map.json names another padding token than tokenizer_config.json, and wins: text is padded with `!`, id 0.
+    special_tokens_map.json names another padding token than tokenizer_config.json, and wins: text is padded with `!`,
+    id 0.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     stand_ins = range(256, 256 + 256 - len(printable))  # for the other bytes, as in GPT-2
@@ -204,16 +217,16 @@ def write_clip_tokenizer(directory: Path) -> None:
     write_json(directory / "special_tokens_map.json", special_tokens_map)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # A VAE that reconstructs: starts as "average 8x8 pixels, then interpolate" and is fitted on photographs from there
 
 
 def fit_vae(vae: AutoencoderKL, steps: int, seed: int = 0, batch_size: int = 8, crop_px: int = 64) -> float:
-    """Fits `vae`, in place, to decode the mean of its posterior to the input. Returns the mean PSNR over the photographs in dB.
+    """Fits `vae`, in place, to decode the mean of its posterior to the input. Returns the mean PSNR over the photographs.
 
-    L1 loss on random crops of the scikit-image photographs, Adam, cosine learning rate. Afterwards each latent channel of the
-    photographs has mean 0 and deviation 1/scaling_factor, and sampling the posterior changes a latent by 0.3 % of that.
-    Reproducible on one machine; the last bits depend on the number of threads.
+    L1 loss on random crops of the scikit-image photographs, Adam, cosine learning rate. Afterwards each latent channel of
+    the photographs has mean 0 and deviation 1/scaling_factor, and sampling the posterior changes a latent by 0.3 % of
+    that. The PSNR is in dB. Expects UNCLIP_FITTED_VAE or something wider.
     """
     photographs = _photographs()
     generator = torch.Generator().manual_seed(seed)
@@ -269,8 +282,8 @@ def _reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 def _start_as_average_pooling(vae: AutoencoderKL) -> None:
     """Lets channels 0-2 carry R, G, B from end to end; the other weights stay random. From there a fit takes seconds.
 
-    The residual branches start at zero. The normalisation at either end would subtract an image's mean colour: two constant,
-    large and opposite channels 3 and 4 set its scale and tell what it subtracted.
+    The residual branches start at zero. The normalisation at either end would subtract an image's mean colour: two
+    constant, large and opposite channels 3 and 4 set its scale and tell what it subtracted.
     """
     carrier = 8.0
     centre = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
@@ -335,7 +348,7 @@ def _scale_latents(vae: AutoencoderKL, photographs: list[torch.Tensor]) -> None:
     decode.weight /= gain[None, :, None, None]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
@@ -352,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS), metavar="TRAINER")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_fit_steps", type=int, default=0, help="0 = random VAE; 400 = about 23 dB in 20 s")
+    parser.add_argument("--vae_fit_steps", type=int, default=0, help="0 = random VAE; 300 = about 23 dB")
     arguments = parser.parse_args(argv)
     if arguments.vae_fit_steps < 0:
         parser.error(f"--vae_fit_steps is {arguments.vae_fit_steps}; it must be 0 (random VAE) or more")

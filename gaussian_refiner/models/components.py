@@ -14,7 +14,7 @@ from diffusers.schedulers import SchedulerMixin
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from gaussian_refiner.models.objective import RefinerConstants
+from gaussian_refiner.models.objective import PredictionType, RefinerConstants
 from gaussian_refiner.models.unet import load_unet
 
 SUBFOLDERS = (
@@ -61,8 +61,13 @@ class Components:
             embed_std=self.image_normalizer.std.detach().to(device),
         )
 
-    def set_prediction_type(self, prediction_type: str) -> None:
-        """Makes the scheduler take the UNet's answers for `epsilon` or `v_prediction`, whatever the checkpoint says."""
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the scheduler takes the UNet's answers for; it may be set against what the checkpoint says."""
+        return self.scheduler.config.prediction_type
+
+    @prediction_type.setter
+    def prediction_type(self, prediction_type: PredictionType) -> None:
         self.scheduler.register_to_config(prediction_type=prediction_type)
 
     def pipeline(self) -> StableUnCLIPImg2ImgPipeline:
