@@ -488,13 +488,26 @@ class Parser:
         return "\n".join(lines)
 
 
-def find_file(path: str) -> Path:
-    """`path` if absolute, else under the working directory, else under the repository root; names the places tried."""
+def find_file(path: str, setting: str = "") -> Path:
+    """`path` if absolute, else under the working directory, else under the repository root.
+
+    Raises:
+        FileNotFoundError: it is in none of them; names the places tried, and the `setting` to change.
+    """
     candidates = [Path(path)] if Path(path).is_absolute() else [Path.cwd() / path, Path(__file__).parents[1] / path]
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise FileNotFoundError(f"{path} was not found; tried {', '.join(map(str, candidates))}")
+    remedy = f"; set {setting} to where it is" if setting else ""
+    raise FileNotFoundError(f"{path} was not found; tried {', '.join(map(str, candidates))}{remedy}")
+
+
+def folder_or_id(name: str) -> str:
+    """A folder found as `find_file` does, else the name itself: a hub id, or a path that is not there."""
+    try:
+        return str(find_file(name))
+    except FileNotFoundError:
+        return name
 
 
 # What is written and compared -----------------------------------------------------------------------------------------

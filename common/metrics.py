@@ -1,6 +1,7 @@
 """Image quality against a reference: PSNR, SSIM, LPIPS. Inputs are RGB in [0, 1], results are one value per image."""
 
 import hashlib
+import logging
 import os
 import urllib.request
 import warnings
@@ -9,6 +10,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.runtime import Processes
+
+logger = logging.getLogger(__name__)
 
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW_PX, SSIM_SIGMA_PX, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
@@ -110,6 +115,30 @@ class Lpips:
         pred, target = (x.to(device, torch.float32) * 2 - 1 for x in (pred, target))
         with torch.autocast(device.type, enabled=False):
             return self.model(pred, target).flatten()  # (B, 1, 1, 1) -> (B,)
+
+
+def lpips_for_all(net: str, backbone_weights: str | Path | None, processes: Processes) -> Lpips | None:
+    """LPIPS on every process, or None on every process with the reason in the log; called on all of them.
+
+    Raises:
+        LpipsUnavailable: `backbone_weights` is given but cannot be used.
+    """
+    metric, reason = None, ""
+    for turn in (True, False):  # the main process downloads first
+        if processes.is_main_process is turn:
+            try:
+                metric = Lpips.load(net, backbone_weights, processes.device)
+            except LpipsUnavailable as error:
+                if backbone_weights is not None:
+                    raise
+                reason = str(error)
+        processes.wait_for_everyone()
+    count = processes.reduce(torch.tensor(float(metric is not None), device=processes.device), "sum")
+    if int(count) == processes.num_processes:
+        return metric
+    if processes.is_main_process:
+        logger.warning("no LPIPS in validation: %s", reason or "another process has no weights for it")
+    return None
 
 
 def _find_weights(net: str, backbone_weights: str | Path | None) -> Path:

@@ -21,17 +21,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common import runtime
-from common.config import Parser, option
-from common.data import draw_normal
+from common.config import Parser, find_file, folder_or_id, option
 from common.metrics import SSIM_WINDOW_PX, Lpips, LpipsUnavailable, psnr, ssim
 from common.video import MediaError, contact_sheet, image_size, load_image, save_image, to_uint8
 from gaussian_refiner.config import RefinerValidation
-from gaussian_refiner.data import BUCKETS, bucket_batches, choose_bucket, normalise, read_pairs, window_places
-from gaussian_refiner.models.components import PARITY_PROMPTS, Components, embed_images, embed_text, load_components
-from gaussian_refiner.models.denoise import WINDOW_STEP_PX, decode, denoise, encode, window_offsets
-from gaussian_refiner.models.objective import class_labels
+from gaussian_refiner.data import BUCKETS, bucket_batches, choose_bucket, normalise, read_pairs
+from gaussian_refiner.models.components import PARITY_PROMPTS, Components, embed_text, load_components
 from gaussian_refiner.models.self_mutual_attention import CondCache, install_self_mutual_attention
 from gaussian_refiner.models.unet import LATENT_CHANNELS
+from gaussian_refiner.repair import Frame, encode_frames, frame_of, repair_frames
 from gaussian_refiner.task import Sampling, sampling
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -185,21 +183,21 @@ def find_jobs(data: InferData) -> list[Job]:
         ValueError: nothing to repair, references or targets that cannot be matched, outputs that would collide with
             each other or with inputs.
     """
-    source = Path(data.input)
+    source = find_file(str(data.input), "--input")
     if _is_json(source):
-        names, renders, references, gts = _read_json(data)
+        names, renders, references, gts = _read_json(source, data)
     else:
         renders = _list_images("--input", source)
         names = [path.stem for path in renders]
         references = _match(renders, "--reference", data.reference, one_for_all=True)
         gts = _match(renders, "--gt", data.gt, one_for_all=False)
-    outputs = _outputs(Path(data.output), names, renders)
+    outputs = _outputs(Path(str(data.output)), names, renders)
     inputs = {path.resolve() for path in (*renders, *references, *gts) if path is not None}
     for output in outputs:
         if output.resolve() in inputs:
             raise ValueError(f"--output {data.output} would overwrite the input {output}: choose another folder")
     rows = zip(renders, references, gts, outputs, strict=True)
-    return [Job(number, *row, _sheet_path(Path(data.output), row[-1])) for number, row in enumerate(rows)]
+    return [Job(number, *row, _sheet_path(Path(str(data.output)), row[-1])) for number, row in enumerate(rows)]
 
 
 def metrics_path(output: Path) -> Path:
@@ -221,9 +219,9 @@ def _is_png(output: Path) -> bool:
     return output.suffix.lower() == ".png" and not output.is_dir()
 
 
-def _read_json(data: InferData) -> tuple[list[str], list[Path], list[Path | None], list[Path | None]]:
+def _read_json(source: Path, data: InferData) -> tuple[list[str], list[Path], list[Path | None], list[Path | None]]:
     """Names, renders, conditioning images and targets of the chosen split."""
-    pairs = read_pairs(data.input, data.data_root, 0 if data.split == "all" else data.holdout_items)
+    pairs = read_pairs(source, data.data_root, 0 if data.split == "all" else data.holdout_items)
     chosen = {"train": pairs.train, "validation": pairs.validation, "all": pairs.train + pairs.validation}[data.split]
     names = [re.sub(r"[^\w.-]+", "_", pair.name) for pair in chosen]  # Difix ids may hold slashes
     return names, [pair.render for pair in chosen], [pair.cond for pair in chosen], [pair.gt for pair in chosen]
@@ -231,8 +229,6 @@ def _read_json(data: InferData) -> tuple[list[str], list[Path], list[Path | None
 
 def _list_images(flag: str, source: Path) -> list[Path]:
     """The images of a folder by name, or the one image."""
-    if not source.exists():
-        raise FileNotFoundError(f"{flag} {source} does not exist (relative paths start at {Path.cwd()})")
     if not source.is_dir():
         return [source]
     images = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
@@ -241,12 +237,13 @@ def _list_images(flag: str, source: Path) -> list[Path]:
     return images
 
 
-def _match(renders: Sequence[Path], flag: str, source: str | None, one_for_all: bool) -> list[Path | None]:
-    """An image of `source` for every render: of the same name, or of the same place where no name agrees."""
-    if source is None:
+def _match(renders: Sequence[Path], flag: str, path: str | None, one_for_all: bool) -> list[Path | None]:
+    """An image of `path` for every render: of the same name, or of the same place where no name agrees."""
+    if path is None:
         return [None] * len(renders)
-    images = _list_images(flag, Path(source))
-    if not Path(source).is_dir():
+    source = find_file(path, flag)
+    images = _list_images(flag, source)
+    if not source.is_dir():
         if len(renders) > 1 and not one_for_all:
             raise ValueError(f"{flag} {source} is one image, but --input gives {len(renders)}: give a folder")
         return [images[0]] * len(renders)
@@ -287,35 +284,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
-# How an image goes through the network --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The size of the images of one bucket, and how their width is cut."""
-
-    width_px: int
-    height_px: int
-    window_px: int | None  # None: the whole width in one piece
-    window_overlap_px: int
-    embedded_px: tuple[int, ...]  # left edges of the squares that CLIP sees: one per window, or the centre
-
-
-def frame_of(bucket: str, settings: InferFrame) -> Frame:
-    """The frame of a bucket's images; ValueError where the overlap leaves no room.
-
-    Widths are multiples of 64 px (1920 for the bucket of 1917), which the UNet halves without remainder.
-    """
-    bucket_width_px, bucket_height_px = BUCKETS[bucket]
-    height_px = settings.height_px or bucket_height_px
-    wanted_px = bucket_width_px * height_px / bucket_height_px
-    width_px = max(1, round(wanted_px / WINDOW_STEP_PX)) * WINDOW_STEP_PX
-    overlap_px = height_px // 4 if settings.window_overlap_px is None else settings.window_overlap_px
-    offsets_px = window_offsets(width_px, height_px, overlap_px)
-    if settings.full_frame:
-        centre_px = window_places(width_px, min(width_px, height_px), 1)
-        return Frame(width_px, height_px, None, overlap_px, tuple(centre_px))
-    return Frame(width_px, height_px, height_px, overlap_px, tuple(offsets_px))
+# The weights ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -334,14 +303,14 @@ def load_refiner(config: InferConfig) -> Refiner:
     device = choose_device(config.run.device)
     dtype = choose_dtype(config.run.mixed_precision, device)
     components = load_components(
-        config.model.pretrained_model_name_or_path,
+        folder_or_id(str(config.model.pretrained_model_name_or_path)),
         revision=config.model.revision,
         variant=config.model.variant,
         cache_dir=config.model.cache_dir,
-        unet_source=config.model.unet,
+        unet_source=config.model.unet and folder_or_id(config.model.unet),
     )
     if config.model.prediction_type:
-        components.set_prediction_type(config.model.prediction_type)
+        components.prediction_type = config.model.prediction_type
     if not components.unet.conv_in.weight[:, LATENT_CHANNELS:].any():
         print(
             f"the UNet of {config.model.unet or config.model.pretrained_model_name_or_path} does not look at the "
@@ -381,84 +350,13 @@ def choose_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[wanted]
 
 
-def encode_frames(
-    components: Components, renders: Sequence[np.ndarray], references: Sequence[np.ndarray | None], frame: Frame
-) -> dict[str, Tensor]:
-    """Latents and image embeddings of B frames.
-
-    Args:
-        renders, references: uint8 (H, W, 3) of the frame's size; None where there is no reference.
-
-    Returns:
-        `render_latents`, `cond_latents` (B, 4, h, w); `image_embeds` (windows, B, D), of the reference's squares
-        `frame.embedded_px`; `has_cond` (B,) bool. What belongs to an absent reference is arbitrary.
-    """
-    device = components.vae.device
-    present = [render if image is None else image for render, image in zip(renders, references, strict=True)]
-    pixels = np.stack([normalise(image) for image in (*renders, *present)])  # (2B, 3, H, W)
-    render, cond = encode(components.vae, torch.from_numpy(pixels).to(device)).chunk(2)  # (B, 4, h, w) each
-    squares = [image[:, left : left + frame.height_px] for left in frame.embedded_px for image in present]
-    embeds = embed_images(components, squares).unflatten(0, (len(frame.embedded_px), -1))  # (windows, B, D)
-    has_cond = torch.tensor([image is not None for image in references], device=device)  # (B,)
-    return {"render_latents": render, "cond_latents": cond, "image_embeds": embeds, "has_cond": has_cond}
-
-
-def repair_frames(
-    components: Components,
-    cond_cache: CondCache,
-    how: Sampling,
-    encoded: dict[str, Tensor],
-    *,
-    seed: int,
-    numbers: Sequence[int],
-    window_px: int | None = None,
-    window_overlap_px: int = 0,
-    use_cond_cache: bool = True,
-) -> Tensor:
-    """Repaired images (B, 3, H, W) in [0, 1], float32.
-
-    Args:
-        encoded: as `encode_frames` returns; one image embedding per window, or one for all.
-        seed, numbers: each image's noise follows from the seed and its number (B,).
-        window_px, window_overlap_px, use_cond_cache: as in `denoise`.
-    """
-    render, embeds = encoded["render_latents"], encoded["image_embeds"]  # (B, 4, h, w), (windows, B, D)
-    device, keep = render.device, encoded["has_cond"].float()  # (B,)
-    constants = components.constants(device)
-    noise = draw_normal(seed, "validation image embedding noise", numbers, embeds.shape[2:]).to(device)  # (B, D)
-    labels = [
-        keep[:, None]
-        * class_labels(window, noise, constants.embed_mean, constants.embed_std, constants.image_alphas_cumprod)
-        for window in embeds
-    ]  # (B, 2 D) each
-    latents = denoise(
-        components.unet,
-        cond_cache,
-        components.scheduler,
-        cond_latents=encoded["cond_latents"] * keep[:, None, None, None],
-        render_latents=render,
-        text=how.text,
-        class_labels=labels if len(labels) > 1 else labels[0],
-        init_noise=draw_normal(seed, "validation noise", numbers, render.shape[1:]).to(device),
-        num_inference_steps=how.num_inference_steps,
-        guidance_scale=how.guidance_scale,
-        guidance_rescale=how.guidance_rescale,
-        strength=how.strength,
-        use_cond_cache=use_cond_cache,
-        null_kinds=how.null_kinds,
-        window_px=window_px,
-        window_overlap_px=window_overlap_px,
-    )  # (B, 4, h, w)
-    return decode(components.vae, latents)
-
-
 # The job, from files to files -----------------------------------------------------------------------------------------
 
 
 def repair_jobs(jobs: Sequence[Job], config: InferConfig) -> dict[Job, str]:
     """Repairs and saves; returns why for each image that was not repaired."""
     failures: dict[Job, str] = {}
-    frames = {bucket: frame_of(bucket, config.frame) for bucket in BUCKETS}
+    frames = {bucket: frame_of(bucket, **asdict(config.frame)) for bucket in BUCKETS}
     buckets = []
     for job in jobs:
         try:
@@ -563,10 +461,12 @@ def write_sheet(job: Job) -> None:
 
 
 def load_lpips(weights: str | None, device: torch.device) -> Lpips | None:
-    """LPIPS with AlexNet features, or None with the reason on stderr."""
+    """LPIPS with AlexNet features, or None with the reason on stderr; LpipsUnavailable where `weights` are given."""
     try:
         return Lpips.load("alex", weights, device)
     except LpipsUnavailable as error:
+        if weights:
+            raise
         print(f"metrics go without LPIPS: {error}", file=sys.stderr)
         return None
 
@@ -614,7 +514,7 @@ def review(jobs: Sequence[Job], config: InferConfig) -> dict[Job, str]:
             failures[job] = str(error)
             tqdm.write(f"not measured: {error}", file=sys.stderr)
     if rows:
-        path = metrics_path(Path(config.data.output))
+        path = metrics_path(Path(str(config.data.output)))
         means = write_metrics(path, rows)
         print(f"{table(rows, means)}\nmetrics of {len(rows)} images: {path}")
     return failures

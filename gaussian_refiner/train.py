@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from common import loop, runtime
 from common.checkpoint import Checkpoints
-from common.config import to_dict
+from common.config import find_file, folder_or_id, to_dict
 from common.data import SampleLoader, SamplePlan
 from common.log import RunLog
-from common.metrics import Lpips, LpipsUnavailable
+from common.metrics import lpips_for_all
 from common.optim import EMA, Learner, build_adamw, lr_schedule
 from gaussian_refiner import cache
 from gaussian_refiner.config import PARSER, RefinerConfig
@@ -40,7 +38,9 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     output_dir, device = Path(config.run.output_dir), accelerator.device
 
     # Data: who is held out, and in what order the rest is seen.
-    pairs = read_pairs(config.data.data_json, config.data.data_root, config.data.holdout_items)
+    pairs = read_pairs(
+        find_file(config.data.data_json, "--data_json"), config.data.data_root, config.data.holdout_items
+    )
     train_pairs = pairs.train[: config.data.max_train_samples]
     training_set = RefinerDataset(
         train_pairs,
@@ -61,7 +61,7 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     # The checkpoint: all frozen but the UNet, which gets 8 input channels and self-mutual attention.
     load = partial(
         load_components,
-        str(config.model.pretrained_model_name_or_path),
+        folder_or_id(str(config.model.pretrained_model_name_or_path)),
         revision=config.model.revision,
         unet_revision=config.model.non_ema_revision,
         variant=config.model.variant,
@@ -120,7 +120,7 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
         held_out,
         log,
         reload_components=load,
-        lpips=load_lpips(config.validation.lpips_weights, device),
+        lpips=lpips_for_all("alex", config.validation.lpips_weights, accelerator),
     )
     loader = SampleLoader(
         source,
@@ -135,12 +135,3 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     loop.fit(run, task, loader, learners)
     log.close()
     accelerator.end_training()
-
-
-def load_lpips(weights: str | None, device: torch.device) -> Lpips | None:
-    """LPIPS with AlexNet features, or None with the reason in the log."""
-    try:
-        return Lpips.load("alex", weights, device)
-    except LpipsUnavailable as error:
-        logger.warning("validation goes without LPIPS: %s", error)
-        return None

@@ -43,8 +43,8 @@ def read_photograph(name: str) -> Image.Image:
 # gaussian_refiner: triples of a flawed render, the photograph of that view and a photograph of a view nearby
 
 HELD_OUT_ITEMS = 10  # the trainer holds out the last ten entries of the lists
-# Columns of the stereo pair. A point lies up to 60 px further left in the right view than in the left one, so with a gap
-# of 60 px nothing that a held-out gt shows occurs in a training item.
+# Columns of the stereo pair. A point lies up to 60 px further left in the right view than in the left one, so with a
+# gap of 60 px nothing that a held-out gt shows occurs in a training item.
 TRAINING_COLUMNS_PX = (0, 440)
 HELD_OUT_COLUMNS_PX = (500, 741)
 TRAINING_PHOTOGRAPHS = PHOTOGRAPHS[:-1]
@@ -57,11 +57,11 @@ LARGEST_ZOOM = 1.15
 def make_refiner_data(directory: Path, items: int = 48, seed: int = 0, wide: bool = False) -> Path:
     """Writes `items` triples of 320x240 PNG files and example_kitti.json; returns the path of the latter.
 
-    `gt` is a window of a photograph. `cond` is the same window of the other view of a stereo pair (two items of three) or
-    a slightly shifted and scaled window of the same photograph. `render` is `gt` with the flaws of a 3D-Gaussian scene.
-    The last min(10, items - 1) items, which the trainer holds out, show other things than the rest. With `wide` every
-    twelfth training item has KITTI-360's aspect ratio (704x188). Paths in the file are relative to `directory`. The same
-    arguments give the same pixels. Raises ValueError for less than two items.
+    `gt` is a window of a photograph. `cond` is the same window of the other view of a stereo pair (two items of three)
+    or a slightly shifted and scaled window of the same photograph. `render` is `gt` with the flaws of a 3D-Gaussian
+    scene. The last min(10, items - 1) items, which the trainer holds out, show other things than the rest. With `wide`
+    every twelfth training item has KITTI-360's aspect ratio (704x188). Paths in the file are relative to `directory`.
+    The same arguments give the same pixels. Raises ValueError for fewer than two items.
     """
     if items < 2:
         raise ValueError(f"items is {items}; at least 2 are needed, one to train on and one to hold out")

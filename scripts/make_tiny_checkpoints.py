@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -149,9 +150,9 @@ UNCLIP_MODEL_INDEX = dict(
 def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int = 0) -> Path:
     """A miniature of stable-diffusion-2-1-unclip that `StableUnCLIPImg2ImgPipeline.from_pretrained` loads.
 
-    The same seed gives the same bytes; files already in `directory` are overwritten. With `vae_fit_steps` > 0 the VAE is
-    a little wider and fitted on photographs (`fit_vae`), so that the effect of training can be seen in images. Returns
-    `directory`.
+    The same seed gives the same bytes; files already in `directory` are overwritten. With `vae_fit_steps` > 0 the VAE
+    is a little wider and fitted on photographs (`fit_vae`), so that the effect of training can be seen in images.
+    Returns `directory`.
     """
     directory = Path(directory)
     write_json(directory / "model_index.json", UNCLIP_MODEL_INDEX)
@@ -160,7 +161,8 @@ def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int =
     PNDMScheduler(**UNCLIP_SCHEDULER).save_pretrained(directory / "scheduler")
     DDPMScheduler(**UNCLIP_IMAGE_NOISING_SCHEDULER).save_pretrained(directory / "image_noising_scheduler")
     with seeded(seed):
-        CLIPTextModel(CLIPTextConfig(**UNCLIP_TEXT_ENCODER)).save_pretrained(directory / "text_encoder")
+        text_encoder = CLIPTextModel(CLIPTextConfig(**UNCLIP_TEXT_ENCODER))
+    save_clip_text_encoder(text_encoder, directory / "text_encoder")
     with seeded(seed):
         image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**UNCLIP_IMAGE_ENCODER))
     image_encoder.save_pretrained(directory / "image_encoder")
@@ -179,6 +181,15 @@ def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int =
         print(f"VAE after {vae_fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the photographs")
     vae.save_pretrained(directory / "vae")
     return directory
+
+
+def save_clip_text_encoder(text_encoder: CLIPTextModel, directory: Path) -> None:
+    """Saves with the keys of the public files, which begin with `text_model.`; transformers 5 writes them without."""
+    text_encoder.save_pretrained(directory)
+    weights = {
+        f"text_model.{key.removeprefix('text_model.')}": value for key, value in text_encoder.state_dict().items()
+    }
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_clip_tokenizer(directory: Path) -> None:
@@ -222,11 +233,11 @@ def write_clip_tokenizer(directory: Path) -> None:
 
 
 def fit_vae(vae: AutoencoderKL, steps: int, seed: int = 0, batch_size: int = 8, crop_px: int = 64) -> float:
-    """Fits `vae`, in place, to decode the mean of its posterior to the input. Returns the mean PSNR over the photographs.
+    """Fits `vae`, in place, to decode the mean of its posterior to the input.
 
-    L1 loss on random crops of the scikit-image photographs, Adam, cosine learning rate. Afterwards each latent channel of
-    the photographs has mean 0 and deviation 1/scaling_factor, and sampling the posterior changes a latent by 0.3 % of
-    that. The PSNR is in dB. Expects UNCLIP_FITTED_VAE or something wider.
+    L1 loss on random crops of the scikit-image photographs, Adam, cosine learning rate. Afterwards each latent channel
+    of the photographs has mean 0 and deviation 1/scaling_factor, and sampling the posterior changes a latent by 0.3 %
+    of that. Expects UNCLIP_FITTED_VAE or something wider. Returns the mean PSNR over the photographs, in dB.
     """
     photographs = _photographs()
     generator = torch.Generator().manual_seed(seed)

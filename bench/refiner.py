@@ -1,0 +1,219 @@
+"""What two caches of the refiner save: keys and values of the conditioning rows in sampling, latents in training.
+
+    python bench/refiner.py [--size tiny|medium] [--device cpu|cuda]
+
+Variants of one comparison take turns within one run; what counts is their ratio, taken within each turn. Weights are
+random: they do not matter for the time.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from common.runtime import quiet_libraries
+from gaussian_refiner.config import RefinerConfig
+from gaussian_refiner.data import normalise
+from gaussian_refiner.models.components import Components
+from gaussian_refiner.models.self_mutual_attention import CondCache, install_self_mutual_attention
+from gaussian_refiner.repair import Frame, encode_frames, repair_frames
+from gaussian_refiner.task import RefinerTask, Sampling, encode_batch
+
+# By how much all widths of the released networks are divided, and the image heights of the two comparisons.
+SIZES = {"tiny": (16, 64, 64), "medium": (4, 256, 512)}
+TOKENS = 77
+
+
+def build_components(divisor: int, device: torch.device, dtype: torch.dtype) -> Components:
+    """SD2.1-unCLIP with an 8-channel UNet, all widths divided, without its text encoder; the UNet stays float32."""
+    groups, embed_width = min(32, 64 // divisor), 1024 // divisor
+    unet = UNet2DConditionModel(
+        in_channels=8,
+        block_out_channels=tuple(width // divisor for width in (320, 640, 1280, 1280)),
+        attention_head_dim=(5, 10, 20, 20),
+        norm_num_groups=groups,
+        cross_attention_dim=1024 // divisor,
+        use_linear_projection=True,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=2 * embed_width,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=tuple(width // divisor for width in (128, 256, 512, 512)),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=groups,
+        scaling_factor=0.18215,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=1280 // divisor,
+        intermediate_size=5120 // divisor,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        projection_dim=embed_width,
+        hidden_act="gelu",
+    )
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return Components(
+        feature_extractor=CLIPImageProcessor(),
+        image_encoder=CLIPVisionModelWithProjection(vision).requires_grad_(False).eval().to(device, dtype),
+        image_normalizer=StableUnCLIPImageNormalizer(embed_width),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        scheduler=PNDMScheduler(**schedule, skip_prk_steps=True, prediction_type="v_prediction"),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet.to(device),
+        vae=vae.requires_grad_(False).eval().to(device, dtype),
+    )
+
+
+class RowCounter:
+    """Counts the rows that a UNet is called with."""
+
+    def __init__(self, unet: torch.nn.Module):
+        self.rows = 0
+        unet.register_forward_pre_hook(self._count)
+
+    def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.rows += inputs[0].shape[0]
+
+    def take(self) -> int:
+        """The rows since the last call."""
+        rows, self.rows = self.rows, 0
+        return rows
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The duration of one call, with what it left for the device to do."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(
+    title: str,
+    baseline: Callable[[], Any],
+    cached: Callable[[], Any],
+    counter: RowCounter,
+    repeats: int,
+    device: torch.device,
+) -> None:
+    """Prints median and range of the ratios baseline / cached; who begins alternates, one warm-up each is not timed."""
+    rows = []
+    for work in (baseline, cached):
+        counter.take()
+        work()
+        rows.append(counter.take())
+    pairs = []
+    for turn in range(repeats):
+        order = (baseline, cached) if turn % 2 == 0 else (cached, baseline)
+        times = {work: seconds(work, device) for work in order}
+        pairs.append((times[baseline], times[cached]))
+    ratios = [slow / fast for slow, fast in pairs]
+    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(
+        f"{title}: x{statistics.median(ratios):.2f} (x{min(ratios):.2f} to x{max(ratios):.2f} in {repeats} turns; "
+        f"medians {slow:.2f} s and {fast:.2f} s; UNet rows {rows[0]} and {rows[1]})",
+        flush=True,
+    )
+
+
+def random_image(height_px: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height_px, height_px, 3), dtype=np.uint8)  # (H, H, 3)
+
+
+def compare_sampling(
+    components: Components, cond_cache: CondCache, counter: RowCounter, arguments: argparse.Namespace, height_px: int
+) -> None:
+    """One image from pixels to pixels, with and without the conditioning rows' keys and values kept."""
+    device = components.vae.device
+    frame = Frame(height_px, height_px, None, 0, (0,))
+    text = torch.randn(1, TOKENS, components.unet.config.cross_attention_dim, device=device)  # (1, tokens, C)
+
+    def repair(guidance_scale: float, use_cond_cache: bool) -> None:
+        how = Sampling(arguments.steps, guidance_scale, 0.7, 1.0, ("clip", "render", "cond"), (text, text))
+        encoded = encode_frames(components, [random_image(height_px, 0)], [random_image(height_px, 1)], frame)
+        options = {"seed": 0, "numbers": [0], "use_cond_cache": use_cond_cache}
+        repair_frames(components, cond_cache, how, encoded, **options)
+
+    for guidance_scale in (1.5, 1.0):
+        compare(
+            f"repair of {height_px} px, {arguments.steps} steps, guidance {guidance_scale:g}, cond cache off / on",
+            lambda scale=guidance_scale: repair(scale, False),
+            lambda scale=guidance_scale: repair(scale, True),
+            counter,
+            arguments.repeats,
+            device,
+        )
+
+
+def compare_training(
+    components: Components, cond_cache: CondCache, counter: RowCounter, arguments: argparse.Namespace, height_px: int
+) -> None:
+    """One optimizer step on a batch of pixels, and on the same batch encoded before; loading files is left out."""
+    device, dtype = components.vae.device, components.vae.dtype
+    unet = components.unet.train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+    text = torch.randn(1, TOKENS, unet.config.cross_attention_dim, device=device)  # (1, tokens, C)
+    nothing: dict[str, Any] = {"held_out": None, "log": None, "reload_components": None, "lpips": None}
+    processes = SimpleNamespace(device=device)
+    task = RefinerTask(RefinerConfig(), processes, components, unet, cond_cache, text, text.repeat(2, 1, 1), **nothing)
+    images = {name: random_image(height_px, seed) for seed, name in enumerate(("render", "gt", "prompt_img"))}
+    pixels = {name: torch.from_numpy(normalise(image))[None].to(device) for name, image in images.items()}
+    common = {"sample_number": torch.tensor([0]), "has_cond": torch.tensor([True], device=device)}  # (1,) each
+    raw = {**pixels, **common, "cond_u8": torch.from_numpy(images["prompt_img"])[None]}
+    with torch.no_grad():
+        encoded = {**encode_batch(components, raw), **common}
+
+    def step(batch: dict[str, Any]) -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = task.training_step(batch, 0).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    compare(
+        f"training step, batch of one, {height_px} px, from pixels / from cached latents",
+        lambda: step(raw),
+        lambda: step(encoded),
+        counter,
+        arguments.repeats,
+        device,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="medium", help="tiny shows that it runs, and measures nothing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns per comparison")
+    parser.add_argument("--steps", type=int, default=20, help="sampler steps")
+    parser.add_argument("--height_px", type=int, default=None, help="of both comparisons, a multiple of 64")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    divisor, sampling_px, training_px = SIZES[arguments.size]
+    components = build_components(divisor, device, dtype)
+    cond_cache, counter = install_self_mutual_attention(components.unet), RowCounter(components.unet)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"size {arguments.size}, {device}{threads}, {dtype}, torch {torch.__version__}", flush=True)
+    compare_training(components, cond_cache, counter, arguments, arguments.height_px or training_px)
+    components.unet.requires_grad_(False).eval().to(dtype)
+    compare_sampling(components, cond_cache, counter, arguments, arguments.height_px or sampling_px)
+
+
+if __name__ == "__main__":
+    main()

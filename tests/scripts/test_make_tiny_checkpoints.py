@@ -1,0 +1,167 @@
+import json
+import os
+from pathlib import Path
+
+import make_tiny_checkpoints
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from transformers import CLIPTokenizer
+
+SHARED = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[3] / "shared"))
+KEYS_JSON = SHARED / "specs" / "keys" / "sd21_unclip_unet8.json"
+REFERENCE = SHARED / "golden" / "gaussian_refiner" / "tiny_ckpt"
+WEIGHTS = ("image_encoder", "image_normalizer", "text_encoder", "unet", "vae")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_tiny_checkpoints.make_refiner_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint) -> StableUnCLIPImg2ImgPipeline:
+    return StableUnCLIPImg2ImgPipeline.from_pretrained(checkpoint)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def keys_of(path: Path) -> set[str]:
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+def test_pipeline_runs(pipeline):
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    pipeline.set_progress_bar_config(disable=True)
+    result = pipeline(photograph, "", num_inference_steps=2, height=64, width=64, output_type="np").images
+    assert result.shape == (1, 64, 64, 3)
+    assert np.isfinite(result).all()
+
+
+def test_weights_survive_saving_and_loading_bit_for_bit(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    loaded = StableUnCLIPImg2ImgPipeline.from_pretrained(tmp_path)
+    for name in WEIGHTS:
+        before, after = getattr(pipeline, name).state_dict(), getattr(loaded, name).state_dict()
+        assert before.keys() == after.keys() and len(before) > 1, name
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+
+
+def test_the_same_seed_gives_the_same_bytes(checkpoint, tmp_path):
+    torch.manual_seed(1234)  # the state of the caller's generator must not matter
+    again = make_tiny_checkpoints.make_refiner_checkpoint(tmp_path / "again")
+    assert files_of(again) == files_of(checkpoint)
+
+
+def test_another_seed_changes_all_weights_and_nothing_else(checkpoint, tmp_path):
+    first, second = files_of(checkpoint), files_of(make_tiny_checkpoints.make_refiner_checkpoint(tmp_path, seed=1))
+    assert first.keys() == second.keys()
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {name for name in first if name.endswith(".safetensors")}
+    assert len(changed) == len(WEIGHTS)
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    make_tiny_checkpoints.make_refiner_checkpoint(tmp_path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_unet_keys_do_not_depend_on_the_number_of_input_channels(pipeline):
+    wide_input = UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=8).state_dict()
+    narrow_input = pipeline.unet.state_dict()
+    assert wide_input.keys() == narrow_input.keys()
+    differing = [key for key in narrow_input if narrow_input[key].shape != wide_input[key].shape]
+    assert differing == ["conv_in.weight"]
+    assert narrow_input["conv_in.weight"].shape == (8, 4, 3, 3)
+    assert sum(parameter.numel() for parameter in pipeline.unet.parameters()) == 184_476
+
+
+@pytest.mark.skipif(not KEYS_JSON.is_file(), reason=f"no key list of the released model at {KEYS_JSON}")
+def test_unet_keys_are_those_of_the_released_model(pipeline):
+    assert set(json.loads(KEYS_JSON.read_text())) == set(pipeline.unet.state_dict())
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference checkpoint at {REFERENCE}")
+def test_files_keys_and_configs_are_those_of_the_reference(checkpoint):
+    files, expected = files_of(checkpoint), files_of(REFERENCE)
+    assert files.keys() == expected.keys()
+    for name in files:
+        if name.endswith(".safetensors"):
+            assert keys_of(checkpoint / name) == keys_of(REFERENCE / name), name
+        elif name.endswith(".json"):
+            ours, theirs = json.loads(files[name]), json.loads(expected[name])
+            # The libraries add their version, and with time fields of their own.
+            assert {key for key in theirs if "version" not in key and ours.get(key) != theirs[key]} == set(), name
+        else:
+            assert files[name] == expected[name], name
+
+
+def test_null_prompt_is_padded_with_id_zero(checkpoint):
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
+    ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
+    assert ids == [518, 519] + [0] * 75
+
+
+def test_tokenizer_merges_and_falls_back_to_bytes(checkpoint):
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("low best qu").input_ids) == [
+        "<|startoftext|>",
+        "low</w>",
+        "best</w>",
+        "q",
+        "u</w>",
+        "<|endoftext|>",
+    ]
+
+
+def test_fitted_vae_reconstructs_photographs(checkpoint, tmp_path, capsys):
+    pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+    threads = torch.get_num_threads()
+    make_tiny_checkpoints.make_refiner_checkpoint(tmp_path, vae_fit_steps=40)
+    assert torch.get_num_threads() == threads
+    psnr_db = float(capsys.readouterr().out.removeprefix("VAE after 40 steps: ").split()[0])
+    assert psnr_db > 20
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert vae.state_dict().keys() == AutoencoderKL.from_pretrained(checkpoint / "vae").state_dict().keys()
+    photographs = make_tiny_checkpoints._photographs()
+    with torch.no_grad():
+        posteriors = [vae.encode(pixels).latent_dist for pixels in photographs]
+    latents = torch.cat([posterior.mode().flatten(2) for posterior in posteriors], dim=2)  # (1, 4, N)
+    scaled = latents * vae.config.scaling_factor
+    torch.testing.assert_close(scaled.mean((0, 2)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scaled.std((0, 2)), torch.ones(4), atol=1e-4, rtol=0)
+    assert {float(value) for posterior in posteriors for value in posterior.logvar.unique()} == {-8.0}
+
+
+def test_the_other_components_do_not_depend_on_the_fit(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tiny_checkpoints, "fit_vae", lambda vae, steps, seed: 0.0)
+    fitted, plain = (
+        files_of(make_tiny_checkpoints.make_refiner_checkpoint(tmp_path, vae_fit_steps=1)),
+        files_of(checkpoint),
+    )
+    assert {name for name in plain if plain[name] != fitted[name]} == {
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_command_line_writes_the_named_trainers(tmp_path, checkpoint, capsys):
+    make_tiny_checkpoints.main(["--output", str(tmp_path), "--only", "gaussian_refiner"])
+    assert capsys.readouterr().out == f"{tmp_path / 'gaussian_refiner'}\n"
+    assert files_of(tmp_path / "gaussian_refiner") == files_of(checkpoint)
+
+
+def test_command_line_refuses_negative_steps(capsys):
+    with pytest.raises(SystemExit):
+        make_tiny_checkpoints.main(["--vae_fit_steps", "-1"])
+    assert "--vae_fit_steps is -1; it must be 0 (random VAE) or more" in capsys.readouterr().err
