@@ -2,8 +2,9 @@
 
     python bench/refiner.py [--size tiny|medium] [--device cpu|cuda]
 
-Variants of one comparison take turns within one run; what counts is their ratio, taken within each turn. Weights are
-random: they do not matter for the time.
+Variants of one comparison take turns within one run; what counts is their ratio, taken within each turn. On a CPU one
+thread runs, and its processor time is taken: other programs on the machine disturb that less than the clock. Weights
+are random: they do not matter for the time.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from common.runtime import quiet_libraries
@@ -27,14 +29,16 @@ from gaussian_refiner.models.self_mutual_attention import CondCache, install_sel
 from gaussian_refiner.repair import Frame, encode_frames, repair_frames
 from gaussian_refiner.task import RefinerTask, Sampling, encode_batch
 
-# By how much all widths of the released networks are divided, and the image heights of the two comparisons.
-SIZES = {"tiny": (16, 64, 64), "medium": (4, 256, 512)}
-TOKENS = 77
+# By how much all widths of the released networks are divided, and the height of the images. With half the height and a
+# quarter of the width, convolutions and attention share the work as in the released networks at 512 px.
+SIZES = {"tiny": (16, 64), "medium": (4, 256)}
+RELEASED_HEIGHT_PX, CLIP_PX, TOKENS = 512, 224, 77
 
 
-def build_components(divisor: int, device: torch.device, dtype: torch.dtype) -> Components:
+def build_components(divisor: int, height_px: int, device: torch.device, dtype: torch.dtype) -> Components:
     """SD2.1-unCLIP with an 8-channel UNet, all widths divided, without its text encoder; the UNet stays float32."""
     groups, embed_width = min(32, 64 // divisor), 1024 // divisor
+    clip_px = CLIP_PX * height_px // RELEASED_HEIGHT_PX
     unet = UNet2DConditionModel(
         in_channels=8,
         block_out_channels=tuple(width // divisor for width in (320, 640, 1280, 1280)),
@@ -58,13 +62,16 @@ def build_components(divisor: int, device: torch.device, dtype: torch.dtype) -> 
         intermediate_size=5120 // divisor,
         num_hidden_layers=32,
         num_attention_heads=16,
+        image_size=clip_px,
         patch_size=14,
         projection_dim=embed_width,
         hidden_act="gelu",
     )
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     return Components(
-        feature_extractor=CLIPImageProcessor(),
+        feature_extractor=CLIPImageProcessor(
+            size={"shortest_edge": clip_px}, crop_size={"height": clip_px, "width": clip_px}
+        ),
         image_encoder=CLIPVisionModelWithProjection(vision).requires_grad_(False).eval().to(device, dtype),
         image_normalizer=StableUnCLIPImageNormalizer(embed_width),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
@@ -93,12 +100,13 @@ class RowCounter:
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The duration of one call, with what it left for the device to do."""
-    start = time.perf_counter()
+    """Processor time of one call on a CPU, else its duration with what it left for the device to do."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    start = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def compare(
@@ -109,12 +117,17 @@ def compare(
     repeats: int,
     device: torch.device,
 ) -> None:
-    """Prints median and range of the ratios baseline / cached; who begins alternates, one warm-up each is not timed."""
-    rows = []
+    """Prints median and range of the ratios baseline / cached; who begins alternates.
+
+    One warm-up each is not timed: it counts floating-point operations of products and convolutions, and UNet rows.
+    """
+    rows, flops = [], []
     for work in (baseline, cached):
         counter.take()
-        work()
+        with FlopCounterMode(display=False) as flop_counter:
+            work()
         rows.append(counter.take())
+        flops.append(flop_counter.get_total_flops())
     pairs = []
     for turn in range(repeats):
         order = (baseline, cached) if turn % 2 == 0 else (cached, baseline)
@@ -124,7 +137,8 @@ def compare(
     slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(
         f"{title}: x{statistics.median(ratios):.2f} (x{min(ratios):.2f} to x{max(ratios):.2f} in {repeats} turns; "
-        f"medians {slow:.2f} s and {fast:.2f} s; UNet rows {rows[0]} and {rows[1]})",
+        f"medians {slow:.2f} s and {fast:.2f} s; operations {flops[0] / 1e9:.3g} G and {flops[1] / 1e9:.3g} G, "
+        f"x{flops[0] / flops[1]:.2f}; UNet rows {rows[0]} and {rows[1]})",
         flush=True,
     )
 
@@ -199,20 +213,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns per comparison")
     parser.add_argument("--steps", type=int, default=20, help="sampler steps")
-    parser.add_argument("--height_px", type=int, default=None, help="of both comparisons, a multiple of 64")
     arguments = parser.parse_args()
     quiet_libraries()
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    divisor, sampling_px, training_px = SIZES[arguments.size]
-    components = build_components(divisor, device, dtype)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    divisor, height_px = SIZES[arguments.size]
+    components = build_components(divisor, height_px, device, dtype)
     cond_cache, counter = install_self_mutual_attention(components.unet), RowCounter(components.unet)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"size {arguments.size}, {device}{threads}, {dtype}, torch {torch.__version__}", flush=True)
-    compare_training(components, cond_cache, counter, arguments, arguments.height_px or training_px)
+    print(f"size {arguments.size}, {device}, {dtype}, torch {torch.__version__}", flush=True)
+    compare_training(components, cond_cache, counter, arguments, height_px)
     components.unet.requires_grad_(False).eval().to(dtype)
-    compare_sampling(components, cond_cache, counter, arguments, arguments.height_px or sampling_px)
+    compare_sampling(components, cond_cache, counter, arguments, height_px)
 
 
 if __name__ == "__main__":

@@ -136,18 +136,16 @@ def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     how_blurred = 0.3 + 0.7 * _soft_patches(rng, pixels.shape[:2], coverage=rng.uniform(0.3, 0.7), scale_px=60)
     result = pixels + how_blurred[..., None] * (blurred - pixels)
     for _ in range(rng.integers(60, 140)):  # needles: Gaussians that fit no training view of the scene
-        result = _splat(result, pixels, rng, length_px=rng.uniform(4, 16), thinness=rng.uniform(0.1, 0.4))
+        _splat(result, pixels, rng, length_px=rng.uniform(4, 16), thinness=rng.uniform(0.1, 0.4))
     for _ in range(rng.integers(3, 8)):  # floaters: big ones near the camera
-        result = _splat(result, pixels, rng, length_px=rng.uniform(15, 45), thinness=rng.uniform(0.2, 0.7))
+        _splat(result, pixels, rng, length_px=rng.uniform(15, 45), thinness=rng.uniform(0.2, 0.7))
     hole = _soft_patches(rng, pixels.shape[:2], coverage=rng.uniform(0.01, 0.08), scale_px=35)[..., None]  # (H, W, 1)
     background = rng.uniform(0, 70)
     result += hole * (background - result)
     return Image.fromarray(result.clip(0, 255).round().astype(np.uint8))
 
 
-def _splat(
-    canvas: np.ndarray, pixels: np.ndarray, rng: np.random.Generator, length_px: float, thinness: float
-) -> np.ndarray:
+def _splat(canvas: np.ndarray, pixels: np.ndarray, rng: np.random.Generator, length_px: float, thinness: float) -> None:
     """Blends an elongated Gaussian over `canvas`, in the colour of a pixel nearby. Images: (H, W, 3), [0, 255]."""
     height, width = canvas.shape[:2]
     centre_x, centre_y = rng.uniform(0, width), rng.uniform(0, height)
@@ -155,11 +153,14 @@ def _splat(
     opacity = rng.uniform(0.25, 0.8)
     source_x, source_y = rng.normal((centre_x, centre_y), 20).astype(int)
     colour = pixels[np.clip(source_y, 0, height - 1), np.clip(source_x, 0, width - 1)]  # (3,)
-    x, y = np.arange(width)[None] - centre_x, np.arange(height)[:, None] - centre_y
-    along = np.cos(angle) * x + np.sin(angle) * y  # (H, W)
-    across = (np.cos(angle) * y - np.sin(angle) * x) / thinness  # (H, W)
-    alpha = opacity * np.exp(-(along**2 + across**2) / (2 * length_px**2))  # (H, W)
-    return canvas + alpha[..., None].astype(np.float32) * (colour - canvas)
+    reach_px = int(3.5 * length_px)  # beyond it the Gaussian is below 1/255
+    rows = slice(max(0, int(centre_y) - reach_px), int(centre_y) + reach_px)
+    columns = slice(max(0, int(centre_x) - reach_px), int(centre_x) + reach_px)
+    x, y = np.arange(width)[None, columns] - centre_x, np.arange(height)[rows, None] - centre_y
+    along = np.cos(angle) * x + np.sin(angle) * y  # (h, w)
+    across = (np.cos(angle) * y - np.sin(angle) * x) / thinness  # (h, w)
+    alpha = opacity * np.exp(-(along**2 + across**2) / (2 * length_px**2))  # (h, w)
+    canvas[rows, columns] += alpha[..., None].astype(np.float32) * (colour - canvas[rows, columns])
 
 
 def _soft_patches(rng: np.random.Generator, shape: tuple[int, int], coverage: float, scale_px: float) -> np.ndarray:
