@@ -83,6 +83,8 @@ class RunConfig:
     hang_timeout_s: float = option(1800.0, "seconds without any progress after which a run ends; 0 is never", minimum=0)
     max_train_time: str | None = option(None, "stop cleanly after this time: seconds, HH:MM:SS or D-HH:MM:SS")
     max_nonfinite_steps: int = option(5, "non-finite steps in a row that are skipped before the run stops", minimum=0)
+    replay: str | None = option(None, "record.json of a non-finite step: run that step again and say where it begins")
+    preflight: bool = option(False, "try data, disk, weights and two steps in a scratch folder, give a verdict, stop")
     allow_changed: tuple[str, ...] = option((), "settings that may change on resume though they break the state")
 
 

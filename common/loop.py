@@ -1,5 +1,6 @@
 """The loop. It knows optimizer steps, accumulation, learning rates, checkpoints and validation; it knows no trainer."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -176,7 +177,6 @@ class Run:
         self.log.close()
         self.accelerator.wait_for_everyone()
         self.watch.end()
-        self.accelerator.end_training()
 
     def save(self) -> None:
         """A checkpoint of this moment."""
@@ -236,6 +236,19 @@ def open_run(
     )
     run.begin(resume_point, learners)
     return run
+
+
+def aside_if_replaying(config: Any) -> Any:
+    """With `replay` the run writes into a folder of its own, so that nothing of the recorded run is touched."""
+    if not config.run.replay:
+        return config
+    folder = Path(config.run.output_dir) / "replay"
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, output_dir=str(folder)),
+        checkpoint=dataclasses.replace(config.checkpoint, resume_from_checkpoint=None),
+        log=dataclasses.replace(config.log, report_to="none"),
+    )
 
 
 def open_loader(run: Run, source: SampleSource, plan: SamplePlan) -> SampleLoader:

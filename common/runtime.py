@@ -150,6 +150,8 @@ def clear_errors() -> Iterator[None]:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def require_shared_folder(accelerator: Accelerator, folder: Path) -> None:

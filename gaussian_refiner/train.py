@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from common import loop, runtime
 from common.config import find_file, folder_or_id
-from common.data import SamplePlan
+from common.data import SamplePlan, rng_for
 from common.metrics import lpips_for_all
 from common.optim import EMA, Learner, build_adamw, lr_schedule
+from common.preflight import preflight
+from common.replay import replay
+from common.video import contact_sheet
 from gaussian_refiner import cache
 from gaussian_refiner.config import PARSER, RefinerConfig
-from gaussian_refiner.data import RefinerDataset, read_pairs
+from gaussian_refiner.data import Pair, Pairs, RefinerDataset, read_pairs
 from gaussian_refiner.models.components import PARITY_PROMPTS, embed_text, load_components
 from gaussian_refiner.models.self_mutual_attention import install_self_mutual_attention
-from gaussian_refiner.task import RefinerTask
+from gaussian_refiner.task import SHEET_ROWS, RefinerTask
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +35,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line says; see `--help`."""
     config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
     with runtime.clear_errors():
+        if config.run.preflight:
+            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
         train(config, warnings)
+
+
+def draw_samples(config: RefinerConfig) -> np.ndarray:
+    """A contact sheet of the first samples that training will see."""
+    dataset = training_data(config, listed_pairs(config).train)
+    rows = []
+    for number in range(min(len(dataset), SHEET_ROWS)):
+        sample = dataset.sample(number, rng_for(config.run.seed, "augmentation", number))
+        rows.append([sample[key] / 2 + 0.5 for key in ("render", "gt", "prompt_img")])
+    return contact_sheet(rows, ["render", "gt", "cond"])
+
+
+def listed_pairs(config: RefinerConfig) -> Pairs:
+    """The items of the configuration's list, those held out apart."""
+    path = find_file(config.data.data_json, "--data_json")
+    return read_pairs(path, config.data.data_root, config.data.holdout_items)
+
+
+def training_data(config: RefinerConfig, pairs: Sequence[Pair]) -> RefinerDataset:
+    """The training windows of a configuration."""
+    return RefinerDataset(
+        pairs[: config.data.max_train_samples],
+        random_flip=config.data.random_flip,
+        height_px=config.data.height_px,
+        windows_per_item=config.data.windows_per_item,
+    )
 
 
 def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
+    config = loop.aside_if_replaying(config)
     accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
     stop = runtime.stop_signal(accelerator, config.run)
     for warning in warnings:
@@ -42,16 +77,8 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     output_dir, device = Path(config.run.output_dir), accelerator.device
 
     # Data: who is held out, and in what order the rest is seen.
-    pairs = read_pairs(
-        find_file(config.data.data_json, "--data_json"), config.data.data_root, config.data.holdout_items
-    )
-    train_pairs = pairs.train[: config.data.max_train_samples]
-    training_set = RefinerDataset(
-        train_pairs,
-        random_flip=config.data.random_flip,
-        height_px=config.data.height_px,
-        windows_per_item=config.data.windows_per_item,
-    )
+    pairs = listed_pairs(config)
+    training_set = training_data(config, pairs.train)
     held_out = RefinerDataset(pairs.validation, height_px=config.data.height_px)
     global_batch = loop.batch_of(accelerator, config)
     loop.require_enough_items(len(training_set), config.data.batch_size, accelerator.num_processes)
@@ -122,5 +149,9 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
         reload_components=load,
         lpips=lpips_for_all("alex", config.validation.lpips_weights, accelerator),
     )
-    loop.fit(run, task, loop.open_loader(run, source, plan), learners)
+    loader = loop.open_loader(run, source, plan)
+    if config.run.replay:
+        replay(run, task, loader, Path(config.run.replay))
+    else:
+        loop.fit(run, task, loader, learners)
     run.end()
