@@ -80,7 +80,11 @@ class RunConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "autocast type; null obeys the launcher")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere and newer GPUs")
     process_group_timeout_s: int = option(1800, "seconds a collective may take before the run is ended", minimum=1)
+    hang_timeout_s: float = option(1800.0, "seconds without any progress after which a run ends; 0 is never", minimum=0)
+    max_train_time: str | None = option(None, "stop cleanly after this time: seconds, HH:MM:SS or D-HH:MM:SS")
     max_nonfinite_steps: int = option(5, "non-finite steps in a row that are skipped before the run stops", minimum=0)
+    replay: str | None = option(None, "record.json of a non-finite step: run that step again and say where it begins")
+    preflight: bool = option(False, "try data, disk, weights and two steps in a scratch folder, give a verdict, stop")
     allow_changed: tuple[str, ...] = option((), "settings that may change on resume though they break the state")
 
 
@@ -88,6 +92,9 @@ class RunConfig:
 class DataConfig:
     batch_size: int = option(1, "samples per process and micro-batch", minimum=1)
     num_workers: int = option(0, "loader processes per process; 0 loads in the training process", minimum=0)
+    sample_timeout_s: float = option(
+        120.0, "seconds one item may take a loader process before it is given up; 0 waits for ever", minimum=0
+    )
     max_bad_fraction: float = option(0.05, "share of unreadable items above which the run stops", minimum=0, maximum=1)
 
 
@@ -138,6 +145,7 @@ class LogConfig:
     report_to: str = option("tensorboard", "tracker(s), comma-separated: tensorboard, wandb, ..., all or none")
     logging_dir: str = option("logs", "folder of tracker files, under output_dir unless absolute")
     tracker_project_name: str = option("training", "project name in the tracker")
+    profile: str | None = option(None, "optimizer step, or FIRST:LAST, of which a torch trace is written")
     log_every_steps: int = option(1, "optimizer steps between lines of metrics.jsonl", minimum=1)
 
 

@@ -5,10 +5,14 @@ numbers k G ... (k + 1) G - 1, G being the global batch: processes x accumulatio
 which item a sample is or what is drawn for it: resume needs no loader state, and the number of processes is free.
 """
 
+import itertools
 import json
-import os
+import multiprocessing
+import queue
+import signal
+import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 MAX_REPLACEMENTS = 20  # draws of another item for one unreadable one, before giving up
+MAX_LOADER_FAILURES = 3
 BAD_SAMPLE_ERRORS = (OSError, ValueError)
 
 
@@ -146,11 +151,15 @@ class _Numbered(Dataset):
 
     def __init__(self, source: SampleSource, plan: SamplePlan, seed: int):
         self.source, self.plan, self.seed = source, plan, seed
+        self.forbidden: set[int] = set()  # items that kill or hang the process that reads them
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         number, item = key
         bad = []
         for attempt in range(MAX_REPLACEMENTS):
+            if item in self.forbidden:
+                item = self.plan.replacement(item, number, attempt)
+                continue
             try:
                 sample = self.source.sample(item, rng_for(self.seed, "augmentation", number))
                 return {**sample, "sample_number": number, "item": item, "_bad": bad}
@@ -171,8 +180,12 @@ class _MicroBatches:
     def __init__(self, plan: SamplePlan, micro_batch: int, rank: int, world_size: int, first_sample: int, steps: int):
         self.plan, self.micro_batch, self.rank, self.world_size = plan, micro_batch, rank, world_size
         self.first_sample, self.steps = first_sample, steps
+        self.skipped = 0  # micro-batches that were delivered before the loader had to start again
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._all(), self.skipped, None)
+
+    def _all(self) -> Iterator[list[tuple[int, int]]]:
         per_round = self.micro_batch * self.world_size
         for step in range(self.steps):
             first = self.first_sample + step * self.plan.global_batch
@@ -184,11 +197,15 @@ class _MicroBatches:
 class SampleLoader:
     """This process's micro-batches in the order of the sample numbers.
 
+    An item that cannot be read is recorded and replaced. With `num_workers` > 0 that holds even for one that kills the
+    process that reads it, or keeps it busy for more than `sample_timeout_s`.
+
     Args:
         source: the data set.
         plan: the order; its global batch must be `micro_batch` x `world_size` x accumulation.
         micro_batch: samples of this process per micro-batch.
-        bad_samples_path: unreadable items are written here, once each.
+        sample_timeout_s: how long one item may take a loader process; 0 waits for ever.
+        bad_samples_path: unreadable items are written here, once each, by all processes.
         max_bad_fraction: share of the items; `too_many_bad` tells when it is passed.
     """
 
@@ -203,12 +220,14 @@ class SampleLoader:
         num_workers: int,
         bad_samples_path: Path,
         max_bad_fraction: float,
+        sample_timeout_s: float = 0.0,
     ):
         self.plan, self.micro_batch, self.rank, self.world_size = plan, micro_batch, rank, world_size
         self.dataset = _Numbered(source, plan, plan.seed)
-        self.num_workers, self.bad_samples_path = num_workers, bad_samples_path
-        self.max_bad_items = max_bad_fraction * plan.num_items
-        self.bad_items = {record["item"] for record in _read_json_lines(bad_samples_path)}
+        self.num_workers, self.sample_timeout_s = num_workers, sample_timeout_s
+        self.bad_samples_path, self.max_bad_items = bad_samples_path, max_bad_fraction * plan.num_items
+        self.bad_items: set[int] = set()
+        self._read_bad_items()
 
     @property
     def too_many_bad(self) -> bool:
@@ -217,25 +236,137 @@ class SampleLoader:
     def batches(self, first_sample: int, steps: int) -> Iterator[dict[str, Any]]:
         """Collated micro-batches on the CPU, with `sample_number` and `item` (B,), for that many optimizer steps."""
         keys = _MicroBatches(self.plan, self.micro_batch, self.rank, self.world_size, first_sample, steps)
-        loader = DataLoader(
+        failures = 0
+        while True:
+            try:
+                for batch in self._loader(keys):
+                    keys.skipped, failures = keys.skipped + 1, 0
+                    for record in sum(batch.pop("_bad"), []):
+                        self._note_bad(record)
+                    yield batch
+                return
+            except RuntimeError as error:
+                failures += 1
+                if not _loader_process_failed(error):
+                    raise
+                if not self._forbid_culprits(keys) and failures >= MAX_LOADER_FAILURES:
+                    raise RuntimeError(
+                        f"loader processes failed {failures} times in a row, though every item can be read by itself "
+                        f"({error}): the machine may be short of memory; lower data.num_workers"
+                    ) from error
+
+    def _loader(self, keys: _MicroBatches) -> DataLoader:
+        return DataLoader(
             self.dataset,
             batch_sampler=keys,  # type: ignore[arg-type]  (any iterable of key lists will do)
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
+            timeout=self.sample_timeout_s * self.micro_batch if self.num_workers else 0,
+            generator=torch.Generator(),  # torch draws a seed from it that nothing uses: not from the global one
         )
-        for batch in loader:
-            for record in sum(batch.pop("_bad"), []):
-                self._note_bad(record)
-            yield batch
+
+    def _forbid_culprits(self, keys: _MicroBatches) -> bool:
+        """Reads what the loader processes had before them, each item in a process of its own; True if one failed."""
+        in_flight = list(itertools.islice(keys, 2 * self.num_workers + 1))
+        found = False
+        for number, item in sum(in_flight, []):
+            if item in self.dataset.forbidden:
+                continue
+            reason = _fatal_reason(self.dataset, (number, item), self.sample_timeout_s)
+            if reason:
+                files = [str(path) for path in self.dataset.source.files_of(item)]
+                self._note_bad({"item": item, "files": files, "reason": reason, "forbidden": True})
+                found = True
+        return found
 
     def _note_bad(self, record: dict[str, Any]) -> None:
-        if record["item"] in self.bad_items:
-            return
-        self.bad_items.add(record["item"])
-        self.bad_samples_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.bad_samples_path, "a") as file:  # one short line per write: processes do not interleave
-            file.write(json.dumps(record) + os.linesep)
+        if record["item"] not in self.bad_items:
+            self.bad_samples_path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.bad_samples_path, "a") as file:  # one short line per write: processes do not interleave
+                file.write(json.dumps(record) + "\n")
+        self._read_bad_items()
+
+    def _read_bad_items(self) -> None:
+        """What all processes have found so far, and earlier starts of this run."""
+        for record in _read_json_lines(self.bad_samples_path):
+            self.bad_items.add(record["item"])
+            if record.get("forbidden"):
+                self.dataset.forbidden.add(record["item"])
+
+
+def _loader_process_failed(error: RuntimeError) -> bool:
+    """A loader process died or was too slow, as torch words it (an exception that it raised has another text)."""
+    text = str(error)
+    return text.startswith(("DataLoader worker (pid", "DataLoader timed out"))
+
+
+def _fatal_reason(dataset: _Numbered, key: tuple[int, int], timeout_s: float) -> str | None:
+    """Why reading one sample ends its process; None if it returns or raises, as it should."""
+    process = multiprocessing.get_context("fork").Process(target=_try_to_read, args=(dataset, key), daemon=True)
+    process.start()
+    process.join(timeout_s or None)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"reading it takes more than data.sample_timeout_s ({timeout_s:g} s)"
+    if process.exitcode and process.exitcode < 0:
+        return f"reading it ends the process with {signal.Signals(-process.exitcode).name}"
+    return f"reading it ends the process with status {process.exitcode}" if process.exitcode else None
+
+
+def _try_to_read(dataset: _Numbered, key: tuple[int, int]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)  # the run's own handlers would only take note
+    dataset[key]
+
+
+class Fetcher:
+    """Reads ahead in a thread, so that whoever waits for a batch can be told to stop waiting.
+
+    The loader's processes are started by that thread, too: started by the main thread, torch would raise their death
+    in whatever line the main thread happens to execute.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Any]], ahead: int = 1):
+        self._queue: queue.Queue = queue.Queue(maxsize=ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(batches,), daemon=True, name="fetch")
+        self._thread.start()
+
+    def _run(self, batches: Iterator[dict[str, Any]]) -> None:
+        try:
+            for batch in batches:
+                if not self._put((batch, None)):
+                    return
+        except BaseException as error:  # noqa: BLE001 (raised again by `next`)
+            self._put((None, error))
+
+    def _put(self, entry: tuple) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(entry, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next(self, give_up: Callable[[], bool]) -> dict[str, Any] | None:
+        """The next batch; None if `give_up()` becomes true before there is one."""
+        while True:
+            try:
+                batch, error = self._queue.get(timeout=0.2)
+            except queue.Empty:
+                if give_up():
+                    return None
+                continue
+            if error is not None:
+                raise error
+            return batch
+
+    def close(self) -> None:
+        """Ends the thread; batches that were read ahead are dropped."""
+        self._closed.set()
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:

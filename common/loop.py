@@ -1,33 +1,37 @@
 """The loop. It knows optimizer steps, accumulation, learning rates, checkpoints and validation; it knows no trainer."""
 
+import dataclasses
 import json
 import logging
 import math
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import send_to_device
-from torch import Tensor
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from common import checkpoint as checkpoints
 from common import config as configs
 from common.checkpoint import Checkpoints, publish
-from common.config import CheckpointConfig, LogConfig, RunConfig, ValidationConfig
-from common.data import SampleLoader
+from common.config import CheckpointConfig, DataConfig, LogConfig, RunConfig, ValidationConfig
+from common.data import Fetcher, SampleLoader, SamplePlan, SampleSource
 from common.log import METRICS, RunLog
+from common.measure import Meter, parse_steps
 from common.optim import Learner
-from common.runtime import StopSignal, seed_model_randomness, versions
+from common.runtime import StopRequested, StopSignal, seed_model_randomness, versions
+from common.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-EXPORT = "export"
+EXPORT, NONFINITE, RECORD = "export", "nonfinite", "record.json"
 
 
 @dataclass
@@ -67,11 +71,17 @@ class Settings(Protocol):
     @property
     def run(self) -> RunConfig: ...
     @property
+    def data(self) -> DataConfig: ...
+    @property
     def checkpoint(self) -> CheckpointConfig: ...
     @property
     def log(self) -> LogConfig: ...
     @property
     def validation(self) -> ValidationConfig: ...
+
+
+class OutOfMemory(RuntimeError):
+    """The device's memory is too small for the settings; the text says in which phase and what to change."""
 
 
 class NonFiniteError(RuntimeError):
@@ -89,6 +99,8 @@ class Run:
         global_batch: samples per optimizer step, over all processes.
         num_items: of the training set; an epoch is that many samples.
         validation_is_owed: a validation at this very step is still to be done.
+        fingerprint: of the data set; a checkpoint of another one is refused.
+        memory_knobs: settings that lower the need of memory, for the message when there is too little.
     """
 
     accelerator: Accelerator
@@ -96,6 +108,8 @@ class Run:
     log: RunLog
     checkpoints: Checkpoints
     stop: StopSignal
+    watch: Watch
+    meter: Meter
     output_dir: Path
     total_steps: int
     global_batch: int
@@ -103,6 +117,8 @@ class Run:
     step: int = 0
     sample: int = 0
     validation_is_owed: bool = False
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    memory_knobs: str = "train_batch_size (with gradient_accumulation_steps raised to match)"
 
     def validation_is_due(self) -> bool:
         """Every `validation_steps`, else after every `validation_epochs` epochs; always after the last step."""
@@ -156,11 +172,104 @@ class Run:
             f"checkpoints, {METRICS}, pictures and export go to {self.output_dir.resolve()}",
         ]
 
+    def end(self) -> None:
+        """Closes what was opened, on every process, after a run that ended well."""
+        self.log.close()
+        self.accelerator.wait_for_everyone()
+        self.watch.end()
+
     def save(self) -> None:
         """A checkpoint of this moment."""
         state = {"step": self.step, "sample": self.sample, "validation_is_owed": self.validation_is_owed}
         state |= {"world_size": self.accelerator.num_processes, "global_batch": self.global_batch}
-        self.checkpoints.save(self.step, {**state, "versions": versions(), "config": configs.to_dict(self.config)})
+        state |= {"fingerprint": dict(self.fingerprint), "versions": versions(), "config": configs.to_dict(self.config)}
+        with self.watch.phase("save", step=self.step):
+            self.checkpoints.save(self.step, state)
+
+
+def open_run(
+    accelerator: Accelerator,
+    config: Settings,
+    stop: StopSignal,
+    *,
+    models: Mapping[str, nn.Module],
+    learners: Mapping[str, Learner],
+    num_items: int,
+    fingerprint: Mapping[str, Any],
+    resume_point: Path | None,
+    **more: Any,
+) -> Run:
+    """A run, restored from `resume_point` if there is one, with what is about to happen reported.
+
+    Args:
+        models: unwrapped trained models by the name of their folder in a checkpoint, in the order of `prepare`.
+        learners: what trains them; averages are saved under the names of the models they belong to.
+        more: further fields of `Run`.
+    """
+    output_dir, is_main = Path(config.run.output_dir), accelerator.is_main_process
+    global_batch = batch_of(accelerator, config)
+    token = [uuid.uuid4().hex]
+    broadcast_object_list(token)
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    averages = [learner.ema for learner in learners.values() if learner.ema]
+    emas = {name: ema for name, model in models.items() for ema in averages if ema.module is model}
+    run = Run(
+        accelerator=accelerator,
+        config=config,
+        log=RunLog(output_dir, config.log, configs.to_dict(config), is_main=is_main),
+        checkpoints=Checkpoints(accelerator, output_dir, models, emas, config.checkpoint.checkpoints_total_limit),
+        stop=stop,
+        watch=Watch(output_dir / "watch", token[0], rank, num_processes, config.run.hang_timeout_s),
+        meter=Meter(
+            accelerator.device,
+            accelerator.gradient_accumulation_steps,
+            parse_steps(config.log.profile),
+            output_dir / "profile" / f"rank-{rank}.json",
+        ),
+        output_dir=output_dir,
+        total_steps=total_steps(config.run, num_items, global_batch),
+        global_batch=global_batch,
+        num_items=num_items,
+        validation_is_owed=config.validation.validate_at_start,
+        fingerprint=fingerprint,
+        **more,
+    )
+    run.begin(resume_point, learners)
+    return run
+
+
+def aside_if_replaying(config: Any) -> Any:
+    """With `replay` the run writes into a folder of its own, so that nothing of the recorded run is touched."""
+    if not config.run.replay:
+        return config
+    folder = Path(config.run.output_dir) / "replay"
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, output_dir=str(folder)),
+        checkpoint=dataclasses.replace(config.checkpoint, resume_from_checkpoint=None),
+        log=dataclasses.replace(config.log, report_to="none"),
+    )
+
+
+def open_loader(run: Run, source: SampleSource, plan: SamplePlan) -> SampleLoader:
+    """The loader of a run's training data."""
+    data, accelerator = run.config.data, run.accelerator
+    return SampleLoader(
+        source,
+        plan,
+        micro_batch=data.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=data.num_workers,
+        bad_samples_path=run.output_dir / "bad_samples.jsonl",
+        max_bad_fraction=data.max_bad_fraction,
+        sample_timeout_s=data.sample_timeout_s,
+    )
+
+
+def batch_of(accelerator: Accelerator, config: Settings) -> int:
+    """Samples of one optimizer step over all processes."""
+    return config.data.batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
 
 
 def total_steps(run: RunConfig, num_items: int, global_batch: int) -> int:
@@ -177,7 +286,9 @@ def require_enough_items(num_items: int, batch_size: int, num_processes: int) ->
         )
 
 
-def find_resume_point(accelerator: Accelerator, config: Any, output_dir: Path) -> Path | None:
+def find_resume_point(
+    accelerator: Accelerator, config: Any, output_dir: Path, fingerprint: Mapping[str, Any]
+) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means, or None for a fresh start; called before weights are loaded.
 
     Settings that differ from the checkpoint's are named in the log.
@@ -188,7 +299,13 @@ def find_resume_point(accelerator: Accelerator, config: Any, output_dir: Path) -
     found = checkpoints.find(accelerator, output_dir, config.checkpoint.resume_from_checkpoint)
     if found is None:
         return None
-    changed = configs.changes(checkpoints.read_state(found).get("config", {}), config)
+    saved = checkpoints.read_state(found)
+    changed = configs.changes(saved["config"], config)
+    changed += [
+        configs.Change(f"data.{key}", saved["fingerprint"].get(key), value, breaks_state=True)
+        for key, value in json.loads(json.dumps(fingerprint)).items()
+        if saved["fingerprint"].get(key) != value
+    ]
     harmless = ("checkpoint.resume_from_checkpoint", "run.allow_changed")
     broken = [c for c in changed if c.breaks_state and c.path not in config.run.allow_changed]
     if broken:
@@ -203,91 +320,126 @@ def find_resume_point(accelerator: Accelerator, config: Any, output_dir: Path) -
 
 
 def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learner]) -> bool:
-    """Trains from `run.step` to `run.total_steps`, then exports. Returns False if a signal ended it early.
+    """Trains from `run.step` to `run.total_steps`, then exports. Returns False if it was asked to stop before.
 
-    A checkpoint is written every `checkpointing_steps`, at the end, and when a signal asks the run to stop.
+    A checkpoint is written every `checkpointing_steps`, at the end, and when the run is asked to stop.
+
+    Raises:
+        NonFiniteError, PeerLost, OutOfMemory, RuntimeError: see their texts; the last checkpoint is whole.
     """
-    accelerator, config = run.accelerator, run.config
-    models = [learner.model for learner in learners.values()]
-    if run.validation_is_owed:
-        validate(run, task, learners)
-    batches = loader.batches(run.sample, run.total_steps - run.step)
+    accelerator, config, log = run.accelerator, run.config, run.log
+    fetcher = Fetcher(loader.batches(run.sample, run.total_steps - run.step))
     bar = tqdm(total=run.total_steps, initial=run.step, disable=not accelerator.is_main_process, unit="step")
-    skipped_in_a_row = 0
-    while run.step < run.total_steps:
-        started, data_wait_s = time.perf_counter(), 0.0
+    skipped_in_a_row, stopped = 0, False
+    with run.watch.naming_lost_peers(), naming_memory(run), closing(fetcher), closing(bar):
+        try:
+            if run.validation_is_owed:
+                validate(run, task, learners)
+            while run.step < run.total_steps and not stopped:
+                # Pass forward and backward over the micro-batches of one optimizer step.
+                started = time.perf_counter()
+                run.meter.profile(run.step)
+                output, sums = accumulate(run, task, fetcher, learners)
+                learner = learners[output.optimizer]
 
-        # Run the micro-batches of one optimizer step.
-        seed_model_randomness(config.run.seed, accelerator.process_index, run.step)
-        for learner in learners.values():
-            learner.set_learning_rate(run.step)
-        sums: dict[str, Tensor] = {}
-        for _ in range(accelerator.gradient_accumulation_steps):
-            waiting = time.perf_counter()
-            batch: Any = send_to_device(next(batches), accelerator.device, non_blocking=True)
-            data_wait_s += time.perf_counter() - waiting
-            with accelerator.accumulate(*models):
-                output = task.training_step(batch, run.step)
-                accelerator.backward(output.loss)
-            _add(sums, {"loss": output.loss, **output.metrics})
+                # Agree over processes on the means and on whether to stop; step, unless something is not finite.
+                with run.watch.phase("collective"):
+                    grad_norm = clip_gradients(accelerator, learner)
+                    means = _agree(run, sums, grad_norm=grad_norm, too_many_bad=loader.too_many_bad)
+                stopped, too_many_bad = means.pop("_stop") > 0, means.pop("_too_many_bad") > 0
+                finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
+                with run.watch.phase("optimizer"):
+                    if not finite:
+                        skipped_in_a_row += 1
+                        report_nonfinite(run, learners, means, skipped_in_a_row)
+                    take_step(run, learner, finite)
+                skipped_in_a_row = 0 if finite else skipped_in_a_row
+                run.step += 1
+                run.sample += run.global_batch
 
-        # Agree over processes on the means, and on whether anyone was asked to stop.
-        learner = learners[output.optimizer]
-        grad_norm = clip_gradients(accelerator, learner)
-        means = _agree(run, sums, stop=bool(run.stop.received), too_many_bad=loader.too_many_bad, grad_norm=grad_norm)
-        stopping, too_many_bad = means.pop("_stop") > 0, means.pop("_too_many_bad") > 0
+                # Report.
+                step_s = time.perf_counter() - started
+                means |= {"lr": learner.learning_rate(run.step - 1), "epoch": run.sample / run.num_items}
+                means |= run.meter.of_step(step_s, run.watch.take_seconds(), run.global_batch)
+                if run.step % config.log.log_every_steps == 0 or run.step == run.total_steps:
+                    log.metrics(run.step, "train", means | _spread(run, means))
+                bar.set_postfix(loss=f"{means['loss']:.4g}", lr=f"{means['lr']:.3g}", refresh=False)
+                bar.update()
 
-        # Step, unless something is not finite.
-        finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
-        if finite or accelerator.scaler is not None:  # the fp16 scaler skips by itself, and learns from it
-            learner.optimizer.step()
-        learner.optimizer.zero_grad(set_to_none=True)
-        if finite and learner.ema:
-            learner.ema.update()
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        if not finite:
-            _report_nonfinite(run, means, skipped_in_a_row)
-        run.step += 1
-        run.sample += run.global_batch
-
-        # Report.
-        step_s = time.perf_counter() - started
-        means |= {"lr": learner.learning_rate(run.step - 1), "epoch": run.sample / run.num_items, "step_s": step_s}
-        means |= {"samples_per_s": run.global_batch / step_s, "data_wait_s": data_wait_s}
-        if run.step % config.log.log_every_steps == 0 or run.step == run.total_steps:
-            run.log.metrics(run.step, "train", means)
-        bar.set_postfix(loss=f"{means['loss']:.4g}", lr=f"{means['lr']:.3g}", refresh=False)
-        bar.update()
-
-        # Validate, save, stop.
-        run.validation_is_owed = run.validation_is_due()
-        if run.validation_is_owed and not stopping:
-            validate(run, task, learners)
-        if stopping or run.step == run.total_steps or run.step % config.checkpoint.checkpointing_steps == 0:
+                # Validate, save.
+                run.validation_is_owed = run.validation_is_due()
+                if run.validation_is_owed and not stopped:
+                    validate(run, task, learners)
+                if stopped or run.step == run.total_steps or run.step % config.checkpoint.checkpointing_steps == 0:
+                    run.save()
+                if too_many_bad:
+                    raise _too_many_bad(loader)
+        except StopRequested:
+            stopped = True
             run.save()
-        if too_many_bad:
-            raise _too_many_bad(loader)
-        if stopping:
-            break
-    bar.close()
-    finished = run.step >= run.total_steps
-    if finished:
-        with averaged(learners):
-            publish(accelerator, run.output_dir / EXPORT, task.export)
-    else:
-        logger.info("stopped after step %d; continue with --resume_from_checkpoint latest", run.step)
-    return finished
+        run.meter.end_profile()
+        if run.step == run.total_steps and not run.validation_is_owed:
+            with run.watch.phase("export"), averaged(learners):
+                publish(accelerator, run.output_dir / EXPORT, task.export)
+            return True
+    logger.info("stopped after step %d; continue with --resume_from_checkpoint latest", run.step)
+    return False
+
+
+def accumulate(
+    run: Run, task: Task, fetcher: Fetcher, learners: Mapping[str, Learner]
+) -> tuple[StepOutput, dict[str, Tensor]]:
+    """Gradients of the micro-batches of one optimizer step; its last output, and the sums of loss and metrics.
+
+    Raises:
+        StopRequested: on all processes, if one of them was asked to stop while it waited for data.
+    """
+    accelerator, models = run.accelerator, [learner.model for learner in learners.values()]
+    seed_model_randomness(run.config.run.seed, accelerator.process_index, run.step)
+    for learner in learners.values():
+        learner.set_learning_rate(run.step)
+    sums: dict[str, Tensor] = {}
+    for _ in range(accelerator.gradient_accumulation_steps):
+        with run.watch.phase("data", step=run.step, samples=[run.sample, run.sample + run.global_batch - 1]):
+            batch: Any = fetcher.next(give_up=lambda: run.stop.is_wanted)
+        with run.watch.phase("collective"):
+            if run.stop.agreed(batch is None):
+                for learner in learners.values():
+                    learner.optimizer.zero_grad(set_to_none=True)
+                raise StopRequested
+        numbers = batch["sample_number"].tolist()
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        with accelerator.accumulate(*models), run.meter.counting():
+            with run.watch.phase("forward", samples=numbers):
+                output = task.training_step(batch, run.step)
+            with run.watch.phase("backward"):
+                accelerator.backward(output.loss)
+        for name, value in {"loss": output.loss, **output.metrics}.items():
+            value = value.detach().float()
+            sums[name] = sums[name] + value if name in sums else value
+    return output, sums
+
+
+def take_step(run: Run, learner: Learner, finite: bool) -> None:
+    """One optimizer step and one update of the average, unless loss or gradient are not finite."""
+    if finite or run.accelerator.scaler is not None:  # the fp16 scaler skips by itself, and learns from it
+        learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if finite and learner.ema:
+        learner.ema.update()
 
 
 def validate(run: Run, task: Task, learners: Mapping[str, Learner]) -> None:
     """Validates the averaged weights where there are any, else the weights themselves, and reports the metrics."""
     started = time.perf_counter()
-    for learner in learners.values():
-        learner.model.eval()
-    with averaged(learners), torch.no_grad():
-        metrics = task.validate(run.step)
-    for learner in learners.values():
-        learner.model.train()
+    try:
+        for learner in learners.values():
+            learner.model.eval()
+        with run.watch.phase("validation", step=run.step), averaged(learners), torch.no_grad():
+            metrics = task.validate(run.step)
+    finally:
+        for learner in learners.values():
+            learner.model.train()
     run.validation_is_owed = False
     if metrics:
         run.log.metrics(run.step, "validation", {**metrics, "validation_s": time.perf_counter() - started})
@@ -314,45 +466,73 @@ def clip_gradients(accelerator: Accelerator, learner: Learner) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm or math.inf)
 
 
-def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        value = value.detach().float()
-        sums[name] = sums[name] + value if name in sums else value
-
-
-def _agree(
-    run: Run, sums: Mapping[str, Tensor], *, stop: bool, too_many_bad: bool, grad_norm: Tensor
-) -> dict[str, float]:
+def _agree(run: Run, sums: Mapping[str, Tensor], *, grad_norm: Tensor, too_many_bad: bool) -> dict[str, float]:
     """Means over accumulation and processes, in one reduction and one transfer to the host."""
     accelerator = run.accelerator
     names = sorted(sums)
     values = torch.stack([sums[name] / accelerator.gradient_accumulation_steps for name in names])
-    flags = torch.tensor([float(stop), float(too_many_bad)], device=values.device)
+    flags = torch.tensor([float(run.stop.is_wanted), float(too_many_bad)], device=values.device)
     values: Any = accelerator.reduce(torch.cat([values, flags]), "mean")
     numbers = torch.cat([values, grad_norm.detach().float().reshape(1).to(values.device)]).tolist()
     return dict(zip([*names, "_stop", "_too_many_bad", "grad_norm"], numbers, strict=True))
 
 
-def _report_nonfinite(run: Run, means: Mapping[str, float], skipped_in_a_row: int) -> None:
-    """Records which samples made a step non-finite; ends the run after too many in a row."""
-    accelerator, limit = run.accelerator, run.config.run.max_nonfinite_steps
-    scaler = accelerator.scaler
+def _spread(run: Run, measures: Mapping[str, float]) -> dict[str, float]:
+    """Seconds that the fastest and the slowest process computed in this step, and which was the slowest."""
+    if run.accelerator.num_processes == 1:
+        return {}
+    busy = run.stop.gathered(measures["time/forward_s"] + measures["time/backward_s"] + measures["time/data_s"])
+    return {"fastest_rank_s": min(busy), "slowest_rank_s": max(busy), "slowest_rank": busy.index(max(busy))}
+
+
+def report_nonfinite(run: Run, learners: Mapping[str, Learner], means: Mapping[str, float], in_a_row: int) -> None:
+    """Records a step whose loss or gradient is not finite, so that it can be replayed; ends the run after too many.
+
+    The first of a row is kept whole in `nonfinite/step-<n>`: sample numbers, seed, configuration and the weights that
+    it started from. `--replay` runs it again.
+    """
+    accelerator, limit, scaler = run.accelerator, run.config.run.max_nonfinite_steps, run.accelerator.scaler
     if scaler is not None and math.isfinite(means["loss"]) and scaler.get_scale() > 1:
-        return  # fp16 gradients overflowed: the scaler has lowered its scale and will find one that fits
+        return  # fp16 gradients overflowed: the scaler lowers its scale until it finds one that fits
     record = {"step": run.step, "first_sample": run.sample, "last_sample": run.sample + run.global_batch - 1}
-    record |= {"seed": run.config.run.seed, "loss": str(means["loss"]), "grad_norm": str(means["grad_norm"])}
-    path = run.output_dir / "nonfinite.jsonl"
-    if accelerator.is_main_process:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+    record |= {"loss": str(means["loss"]), "grad_norm": str(means["grad_norm"]), "seed": run.config.run.seed}
+    folder = run.output_dir / NONFINITE / f"step-{run.step}"
+    if in_a_row == 1:
+        record |= {"num_processes": accelerator.num_processes, "config": configs.to_dict(run.config)}
+
+        def write(staging: Path) -> None:
+            if accelerator.is_main_process:
+                (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+                for name, model in run.checkpoints.models.items():
+                    checkpoints.save_weights(model, staging / name)
+
+        publish(accelerator, folder, write)
+    elif accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     what = f"step {run.step} (samples {record['first_sample']} to {record['last_sample']})"
-    if skipped_in_a_row > limit:
+    numbers = f"loss {means['loss']}, gradient norm {means['grad_norm']}"
+    if in_a_row > limit:
+        first = run.output_dir / NONFINITE / f"step-{run.step - in_a_row + 1}" / RECORD
         raise NonFiniteError(
-            f"loss {means['loss']} and gradient norm {means['grad_norm']} at {what}: {skipped_in_a_row} steps in a row "
-            f"were not finite, run.max_nonfinite_steps is {limit}. They are listed in {path}; lower the learning rate, "
-            "train in bf16 or fp32, or look at those samples, then resume with --resume_from_checkpoint latest"
+            f"{numbers} at {what}: {in_a_row} steps in a row were not finite, run.max_nonfinite_steps is {limit}. "
+            f"--replay {first} shows where it begins. Lower the learning rate, train in bf16 or fp32, or look at those "
+            "samples, then continue with --resume_from_checkpoint latest"
         )
-    logger.warning("%s was skipped: loss %s, gradient norm %s", what, means["loss"], means["grad_norm"])
+    logger.warning("%s was skipped: %s", what, numbers)
+
+
+@contextmanager
+def naming_memory(run: Run) -> Iterator[None]:
+    """An out-of-memory error tells the phase, the samples and what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        device = f"{run.accelerator.device}"
+        raise OutOfMemory(
+            f"{device} ran out of memory in phase {run.watch.failed_phase} of step {run.step}, with micro-batches of "
+            f"{run.config.data.batch_size}: lower {run.memory_knobs}. torch says: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _too_many_bad(loader: SampleLoader) -> RuntimeError:

@@ -6,6 +6,7 @@ import platform
 import random
 import signal
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Iterator
@@ -139,6 +140,9 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
+    except StopRequested as stop:
+        print(f"stopped before the first step: {stop}", file=sys.stderr)
+        sys.exit(0)
     except (ValueError, OSError, RuntimeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if not Path(frames[-1].filename).is_relative_to(REPOSITORY):
@@ -146,6 +150,8 @@ def clear_errors() -> Iterator[None]:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def require_shared_folder(accelerator: Accelerator, folder: Path) -> None:
@@ -168,11 +174,25 @@ def require_shared_folder(accelerator: Accelerator, folder: Path) -> None:
         )
 
 
-class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and a clean end; a second one ends the process at once."""
+class StopRequested(Exception):
+    """Raised on all processes at once, in the middle of long work, when one of them was asked to stop."""
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+
+class StopSignal:
+    """SIGTERM, SIGINT, SIGUSR1 or the end of the allowed time ask for a checkpoint and a clean end.
+
+    A second signal ends the process at once. The processes agree before any of them acts.
+
+    Args:
+        processes: the Accelerator.
+        max_train_time_s: seconds after which the run stops as if signalled; None is no limit.
+    """
+
+    def __init__(self, processes: Processes, max_train_time_s: float | None = None):
+        self.processes, self.received = processes, ""
+        self.deadline = None if max_train_time_s is None else time.monotonic() + max_train_time_s
+        # Flags travel over gloo: that neither waits for the GPU nor makes the GPU wait.
+        self.group = torch.distributed.new_group(backend="gloo") if processes.num_processes > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
@@ -181,4 +201,61 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = signal.Signals(number).name
-        print(f"{self.received}: saving after this step, then stopping; once more stops at once", file=sys.stderr)
+        print(f"{self.received}: saving, then stopping; once more stops at once", file=sys.stderr, flush=True)
+
+    @property
+    def is_wanted(self) -> bool:
+        """This process was asked to stop, or its time is up."""
+        if not self.received and self.deadline is not None and time.monotonic() > self.deadline:
+            self.received = "max_train_time"
+        return bool(self.received)
+
+    def agreed(self, flag: bool) -> bool:
+        """True on all processes if `flag` is on any; called on all of them."""
+        if self.group is None:
+            return flag
+        flags = torch.tensor([float(flag)])
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool(flags.item())
+
+    def gathered(self, value: float) -> list[float]:
+        """A number of every process, by rank; called on all of them."""
+        if self.group is None:
+            return [value]
+        values = [torch.zeros(1, dtype=torch.float64) for _ in range(self.processes.num_processes)]
+        torch.distributed.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self.group)
+        return [number.item() for number in values]
+
+    def share(self, count: int) -> Iterator[int]:
+        """This process's part of the indices 0 ... count - 1, one at a time, called on all processes.
+
+        Raises:
+            StopRequested: on all processes in the same round, when one of them was asked to stop.
+        """
+        rank, num_processes = self.processes.process_index, self.processes.num_processes
+        for first in range(0, count, num_processes):
+            if self.agreed(self.is_wanted):
+                raise StopRequested(self.received or "another process was asked to stop")
+            if first + rank < count:
+                yield first + rank
+
+
+def stop_signal(processes: Processes, run: RunConfig) -> StopSignal:
+    """The stop signal of a run; ValueError for a `max_train_time` that cannot be read."""
+    return StopSignal(processes, seconds_of(run.max_train_time) if run.max_train_time else None)
+
+
+def seconds_of(duration: str) -> float:
+    """`90`, `1:30` or `0:01:30` (days may come first: `1-00:00:00`, as Slurm writes them) in seconds.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    days, dash, clock = duration.rpartition("-")
+    try:
+        parts = [float(part) for part in clock.split(":")]
+        if not 1 <= len(parts) <= 3 or (dash and not days.isdigit()) or min(parts) < 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{duration!r} is no duration: write seconds, MM:SS, HH:MM:SS or D-HH:MM:SS") from None
+    return float(days or 0) * 86400 + sum(part * 60**place for place, part in enumerate(reversed(parts)))

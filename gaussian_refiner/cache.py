@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from common.cache import Cache, digest_of_files, digest_of_weights
 from common.data import BAD_SAMPLE_ERRORS, collate
-from common.runtime import Processes
+from common.runtime import Processes, StopSignal
 from gaussian_refiner.data import RefinerDataset
 from gaussian_refiner.models.components import Components
 from gaussian_refiner.task import encode_batch
@@ -49,17 +49,21 @@ class CachedWindows:
         return {name: tensor[place].numpy() for name, tensor in entry.items()}
 
 
-def build(dataset: RefinerDataset, components: Components, folder: str, processes: Processes) -> CachedWindows:
+def build(
+    dataset: RefinerDataset, components: Components, folder: str, processes: Processes, stop: StopSignal
+) -> CachedWindows:
     """Encodes every window that is not in `folder` yet, the items split over the processes.
 
     Items that cannot be read are left out here, and replaced in training as bad samples are.
 
     Raises:
         CacheError: the folder was made with other weights, windows or sizes.
+        StopRequested: the run was asked to stop; what is encoded stays.
     """
     cache = Cache(folder, fingerprint(components, dataset))
-    mine = range(processes.process_index, len(dataset), processes.num_processes)
-    for index in tqdm(mine, desc="encoding windows", unit="item", disable=not processes.is_main_process):
+    mine = -(-(len(dataset) - processes.process_index) // processes.num_processes)  # items of this process
+    bar = {"desc": "encoding windows", "unit": "item", "disable": not processes.is_main_process}
+    for index in tqdm(stop.share(len(dataset)), total=mine, **bar):
         try:
             key = digest_of_files(*dataset.files_of(index))
             if key in cache:

@@ -16,7 +16,7 @@ from common.data import draw_integers, draw_normal, draw_uniform
 from common.log import RunLog
 from common.loop import StepOutput
 from common.metrics import Lpips, psnr, ssim
-from common.runtime import Processes
+from common.runtime import Processes, StopSignal
 from common.video import contact_sheet, load_image, to_uint8
 from gaussian_refiner.config import RefinerConfig, RefinerLoss, RefinerValidation
 from gaussian_refiner.data import RefinerDataset
@@ -129,6 +129,7 @@ class RefinerTask:
         null_text, parity_text: embeddings of the empty prompt (1, tokens, C) and of the original's two (2, tokens, C).
         held_out: the validation items.
         log: where pictures go.
+        stop: may end a validation between two items.
         reload_components: loads the checkpoint again in float32, for the export.
         lpips: None leaves that metric out.
     """
@@ -144,11 +145,12 @@ class RefinerTask:
         parity_text: Tensor,
         held_out: RefinerDataset,
         log: RunLog,
+        stop: StopSignal,
         reload_components: Callable[[], Components],
         lpips: Lpips | None,
     ):
         self.config, self.processes, self.components, self.unet = config, processes, components, unet
-        self.cond_cache, self.held_out, self.log = cond_cache, held_out, log
+        self.cond_cache, self.held_out, self.log, self.stop = cond_cache, held_out, log, stop
         self.reload_components, self.lpips = reload_components, lpips
         self.constants = components.constants(processes.device)
         self.null_text = null_text
@@ -177,7 +179,7 @@ class RefinerTask:
         processes, count = self.processes, len(self.held_out)
         count = min(count, self.config.validation.max_validation_items or count)
         totals: dict[str, Tensor] = {}
-        for index in range(processes.process_index, count, processes.num_processes):
+        for index in self.stop.share(count):
             for name, value in self._validate_item(step, index).items():
                 totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value
         names = ["psnr", "ssim", "psnr_render", "psnr_vae"] + (["lpips", "lpips_render"] if self.lpips else [])

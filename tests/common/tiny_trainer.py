@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from common import loop, runtime
-from common.checkpoint import Checkpoints
 from common.config import (
     CheckpointConfig,
     DataConfig,
@@ -19,10 +18,8 @@ from common.config import (
     RunConfig,
     ValidationConfig,
     option,
-    to_dict,
 )
-from common.data import SampleLoader, SamplePlan, draw_normal
-from common.log import RunLog
+from common.data import SamplePlan, draw_normal
 from common.optim import EMA, Learner, build_adamw, lr_schedule
 
 WIDTH, NUM_ITEMS = 16, 21
@@ -109,53 +106,39 @@ def main(argv: list[str]) -> None:
 
 def train(config: TinyConfig) -> None:
     accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+    stop = runtime.stop_signal(accelerator, config.run)
     output_dir, rank = Path(config.run.output_dir), accelerator.process_index
     source = Source(config.data.bad_items)
-    global_batch = config.data.batch_size * config.optim.gradient_accumulation_steps * accelerator.num_processes
+    global_batch = loop.batch_of(accelerator, config)
     loop.require_enough_items(len(source), config.data.batch_size, accelerator.num_processes)
     groups = [source.group_of(i) for i in range(len(source))]
     plan = SamplePlan(len(source), config.run.seed, global_batch, groups)
     runtime.require_shared_folder(accelerator, output_dir)
-    resume_point = loop.find_resume_point(accelerator, config, output_dir)
+    fingerprint = {"num_items": len(source)}
+    resume_point = loop.find_resume_point(accelerator, config, output_dir, fingerprint)
 
     torch.manual_seed(0)
     bare = Model()
     optimizer = build_adamw(bare.parameters(), config.optim, accelerator.device)
     model, optimizer = accelerator.prepare(bare, optimizer)
-    total_steps = loop.total_steps(config.run, len(source), global_batch)
+    schedule = lr_schedule(config.optim, loop.total_steps(config.run, len(source), global_batch), global_batch)
     ema = EMA(bare, config.optim.ema_decay) if config.optim.use_ema else None
-    schedule = lr_schedule(config.optim, total_steps, global_batch)
     learners = {"model": Learner(model, optimizer, schedule, config.optim.max_grad_norm, ema)}
 
-    log = RunLog(output_dir, config.log, to_dict(config), is_main=accelerator.is_main_process)
-    limit = config.checkpoint.checkpoints_total_limit
-    run = loop.Run(
-        accelerator=accelerator,
-        config=config,
-        log=log,
-        checkpoints=Checkpoints(accelerator, output_dir, {"model": bare}, {"model": ema} if ema else {}, limit),
-        stop=runtime.StopSignal(),
-        output_dir=output_dir,
-        total_steps=total_steps,
-        global_batch=global_batch,
+    run = loop.open_run(
+        accelerator,
+        config,
+        stop,
+        models={"model": bare},
+        learners=learners,
         num_items=len(source),
-        validation_is_owed=config.validation.validate_at_start,
+        fingerprint=fingerprint,
+        resume_point=resume_point,
     )
-    run.begin(resume_point, learners)
     task = TinyTask(config, accelerator, model, bare, output_dir / f"seen-{rank}.txt")
-    loader = SampleLoader(
-        source,
-        plan,
-        micro_batch=config.data.batch_size,
-        rank=rank,
-        world_size=accelerator.num_processes,
-        num_workers=config.data.num_workers,
-        bad_samples_path=output_dir / "bad_samples.jsonl",
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
+    loader = loop.open_loader(run, source, plan)
     loop.fit(run, task, loader, learners)
-    log.close()
-    accelerator.end_training()
+    run.end()
 
 
 if __name__ == "__main__":
