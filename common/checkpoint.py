@@ -55,7 +55,7 @@ def _fsync(path: Path) -> None:
 
 def seal(directory: Path) -> None:
     """Flushes every file below `directory` to disk and writes the manifest, last."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and flushing release the interpreter lock
         digests = list(pool.map(_sha256, files))
         list(pool.map(_fsync, files))
@@ -77,12 +77,20 @@ def problems_of(directory: Path, *, compare_content: bool = True) -> list[str]:
     try:
         listing = json.loads((directory / MANIFEST).read_text())["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listing.items()}
+        if not expected:
+            return [f"its {MANIFEST} lists no files"]
     except FileNotFoundError:
         return [f"it has no {MANIFEST}, so it was never finished or was not written by these trainers"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"its {MANIFEST} cannot be read ({type(error).__name__})"]
 
     def check(name: str) -> str | None:
+        try:
+            return compare(name)
+        except (OSError, ValueError, RuntimeError) as error:  # a name that no file system takes, a link to itself
+            return f"{name[:80]!r} cannot be read ({type(error).__name__})"
+
+    def compare(name: str) -> str | None:
         path = directory / name
         if not path.resolve().is_relative_to(directory.resolve()):
             return f"{name} lies outside the folder"
@@ -113,9 +121,7 @@ def publish(accelerator: Accelerator, final: Path, write: Callable[[Path], None]
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             seal(staging)
-            _remove(final)
-            os.rename(staging, final)
-            _fsync(final.parent)
+            _replace(staging, final)
         accelerator.wait_for_everyone()
     except (OSError, SafetensorError, RuntimeError) as error:
         if not _is_full_disk(error):
@@ -132,16 +138,37 @@ def publish(accelerator: Accelerator, final: Path, write: Callable[[Path], None]
 def _is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return "No space left on device" in str(error) or "unexpected pos" in str(error)  # safetensors, torch.save
+    texts = ("No space left on device", "Disk quota exceeded", "unexpected pos")  # safetensors, torch.save
+    return any(text in str(error) for text in texts)
 
 
-def _remove(directory: Path) -> None:
-    """Deletes a folder so that a kill half-way leaves nothing that looks like a checkpoint."""
+def _replace(staging: Path, final: Path) -> None:
+    """Puts a sealed folder in its place; an older one of that name is deleted only after that."""
+    doomed = _doom(final)
+    os.rename(staging, final)  # a kill between the two: `clean_up` finishes this
+    _fsync(final.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _doom(directory: Path) -> Path:
+    """Renames a folder, if it is there, so that a kill while it is deleted leaves nothing like a checkpoint."""
+    doomed = directory.with_name(f".{directory.name}{DOOMED_SUFFIX}")
     if directory.exists():
-        doomed = directory.with_name(f".{directory.name}{DOOMED_SUFFIX}")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(directory, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
+
+
+def clean_up(output_dir: Path) -> None:
+    """Finishes what a kill interrupted: a sealed folder gets its name, unfinished and doomed ones are deleted."""
+    for leftover in output_dir.glob(f".*{STAGING_SUFFIX}"):
+        final = leftover.with_name(leftover.name[1 : -len(STAGING_SUFFIX)])
+        if leftover.is_dir() and not final.exists() and not problems_of(leftover):
+            os.rename(leftover, final)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in output_dir.glob(f".*{DOOMED_SUFFIX}"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def listed(output_dir: Path) -> list[Path]:
@@ -183,6 +210,8 @@ def find(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> Path
             answer[0] = _find(output_dir, wanted)
         except CheckpointError as error:
             answer[1] = str(error)
+        except Exception as error:  # the other processes wait for an answer, whatever it is
+            answer[1] = f"the checkpoints in {output_dir} cannot be listed: {error}"
     broadcast_object_list(answer)
     if answer[1]:
         raise CheckpointError(answer[1])
@@ -190,9 +219,7 @@ def find(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> Path
 
 
 def _find(output_dir: Path, wanted: str | None) -> Path | None:
-    for leftover in output_dir.glob(".*"):
-        if leftover.name.endswith((STAGING_SUFFIX, DOOMED_SUFFIX)):
-            shutil.rmtree(leftover, ignore_errors=True)
+    clean_up(output_dir)
     if not wanted:
         existing = listed(output_dir)
         if existing:
@@ -309,10 +336,25 @@ class Checkpoints:
         return final
 
     def load(self, checkpoint: Path) -> None:
-        """Models, optimizers, EMA, scaler and generators as they were saved."""
+        """Models, optimizers, EMA, scaler and generators as they were saved.
+
+        Newer checkpoints in `output_dir` belong to a course that is now left: they are renamed to `abandoned-...`.
+        """
         self.accelerator.load_state(str(checkpoint))
         self.accelerator.step = 0  # accumulation starts anew at every optimizer step, whatever it was before
         self.resumed_from = checkpoint
+        if self.accelerator.is_main_process and checkpoint.resolve().parent == self.output_dir.resolve():
+            for newer in listed(self.output_dir):
+                if step_of(newer) > step_of(checkpoint):
+                    self._abandon(newer)
+        self.accelerator.wait_for_everyone()
+
+    def _abandon(self, newer: Path) -> None:
+        number = 0
+        while (aside := newer.with_name(f"abandoned-{number}-{newer.name}")).exists():
+            number += 1
+        os.rename(newer, aside)
+        logger.warning("%s is newer than what is resumed from: it is now %s", newer.name, aside)
 
     def _rotate(self, newest: Path) -> None:
         """Deletes the oldest whole ones beyond the limit, but not the newest nor the one this run was resumed from."""
@@ -322,7 +364,7 @@ class Checkpoints:
         whole = [path for path in listed(self.output_dir) if not problems_of(path, compare_content=False)]
         for old in whole[self.total_limit :]:
             if old.resolve() not in kept:
-                _remove(old)
+                shutil.rmtree(_doom(old), ignore_errors=True)
 
     def _save_models(self, models: list[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
         weights.clear()  # Accelerate writes no model.safetensors: each model has its own folder

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 NULL_WORDS = ("none", "null", "~")
@@ -63,7 +62,11 @@ def option(
             `other_field=value|value`, of the same section.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum}
-    return field(default=default, metadata={"help": help, "secret": secret, "state": state, "needs": needs, **limits})
+    return field(
+        default=default,
+        repr=not secret,
+        metadata={"help": help, "secret": secret, "state": state, "needs": needs, **limits},
+    )
 
 
 # The sections that every trainer has ----------------------------------------------------------------------------------
@@ -201,11 +204,11 @@ def convert(value: Any, annotation: Any) -> Any:
     if origin is Literal:
         word = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)  # YAML reads `No` as false
         for choice in arguments:
-            if word.lower() == choice:
+            if word.lower() == choice.lower():
                 return choice
         raise ValueError(f"{value!r} is none of {', '.join(arguments)}{_did_you_mean(word, arguments)}")
     if origin is tuple:
-        items = yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+        items = _from_yaml(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
         if isinstance(items, str):
             items = [part.strip() for part in items.split(",") if part.strip()]
         if not isinstance(items, (list, tuple)):
@@ -215,7 +218,7 @@ def convert(value: Any, annotation: Any) -> Any:
         kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else arguments
         return tuple(convert(item, kind) for item, kind in zip(items, kinds, strict=True))
     if origin is dict or annotation is dict:
-        mapping = yaml.safe_load(value) if isinstance(value, str) else value
+        mapping = _from_yaml(value) if isinstance(value, str) else value
         if not isinstance(mapping, dict):
             raise ValueError(f"expected a mapping such as {{key: value}}, got {value!r}")
         return mapping
@@ -228,19 +231,31 @@ def _convert_scalar(value: Any, kind: type) -> Any:
         if word in TRUE_WORDS or word in FALSE_WORDS:
             return word in TRUE_WORDS
         raise ValueError(f"expected true or false, got {value!r}")
-    if isinstance(value, (bool, list, dict)):
-        raise ValueError(f"expected {describe_type(kind)}, got {value!r}")
+    shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."
     if kind is str:
-        return str(value)
+        if not isinstance(value, str):
+            raise ValueError(f"expected text, got {shown}; put it in quotes")  # YAML has read 1.10 as 1.1
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"expected {describe_type(kind)}, got {shown}")
+    if kind is int and isinstance(value, int):
+        return value
     try:
+        if kind is int and isinstance(value, str) and value.lstrip("+-").isdigit():
+            return int(value)
         number = float(value)  # YAML reads 1e-4 as text
-    except ValueError:
-        raise ValueError(f"expected {describe_type(kind)}, got {value!r}") from None
-    if kind is float:
-        return number
-    if not number.is_integer():
-        raise ValueError(f"expected an integer, got {value!r}")
-    return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected {describe_type(kind)}, got {shown}") from None
+    if kind is int and not number.is_integer():
+        raise ValueError(f"expected an integer, got {shown}")
+    return int(number) if kind is int else number
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # malformed scalars make PyYAML raise almost anything
+        raise ValueError(" ".join(str(error).split()) or f"cannot be read ({type(error).__name__})") from None
 
 
 def describe_type(annotation: Any) -> str:
@@ -360,6 +375,8 @@ class Parser:
                     problems.append(f"{token!r} is neither a --flag nor a key=value override")
                 elif name == "config":
                     yaml_path = value
+                    if not value:
+                        problems.append("--config needs the path of a YAML file")
                 else:
                     dotted.append((name, value))
                 continue
@@ -367,7 +384,7 @@ class Parser:
             name = name if name in self.names or name in self.ignored else name.replace("-", "_")
             values = [value] if equals else self._take_values(name, tokens)
             if name == "config":
-                yaml_path = values[0] if values else (tokens.pop(0) if tokens else None)
+                yaml_path = values[0] if values else None
                 if not yaml_path:
                     problems.append("--config needs the path of a YAML file")
             elif not values and name in self.names:
@@ -379,9 +396,11 @@ class Parser:
     def _take_values(self, name: str, tokens: list[str]) -> list[str]:
         """The values that belong to a flag, taken off the front of `tokens`."""
         knob = self.knobs.get(self.names.get(name, ""))
-        if knob is None:  # `config`, ignored or unknown: what follows up to the next flag or override is its value
+        if name == "config":
+            return [tokens.pop(0)] if tokens and not tokens[0].startswith("--") else []
+        if knob is None:  # ignored or unknown: what follows up to the next flag or override is its value
             taken = [tokens.pop(0)] if tokens and not tokens[0].startswith("--") and "=" not in tokens[0] else []
-            while taken and name != "config" and tokens and not tokens[0].startswith("--") and "=" not in tokens[0]:
+            while taken and tokens and not tokens[0].startswith("--") and "=" not in tokens[0]:
                 taken.append(tokens.pop(0))
             return taken
         if knob.annotation is bool:
@@ -392,7 +411,8 @@ class Parser:
             while tokens and not tokens[0].startswith("--") and not self._is_override(tokens[0]):
                 taken.append(tokens.pop(0))
             return taken
-        is_value = tokens and not (tokens[0].startswith("--") and tokens[0][2:3].isalpha())
+        is_flag = tokens and tokens[0].startswith("--") and tokens[0][2:3].isalpha()
+        is_value = tokens and not is_flag and not self._is_override(tokens[0])
         return [tokens.pop(0)] if is_value else []
 
     def _is_override(self, token: str) -> bool:
@@ -402,7 +422,7 @@ class Parser:
     def _file_layer(self, path: str, problems: list[str], warnings: list[str]) -> _Layer:
         try:
             loaded = OmegaConf.to_container(OmegaConf.load(find_file(path)), resolve=True)
-        except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        except Exception as error:  # malformed scalars make PyYAML raise almost anything
             problems.append(f"the YAML file {path} cannot be read: {' '.join(str(error).split())}")
             return _Layer(path)
         if not isinstance(loaded, dict):
@@ -428,16 +448,28 @@ class Parser:
             if name in self.ignored:
                 warnings.append(f"{prefix}{name} has no effect: {self.ignored[name]}")
             elif name not in self.names:
+                exact = [path for path in self.knobs if path.endswith(f".{name}")]
                 hint = _did_you_mean(name, [*self.names, *self.ignored])
+                hint = f"; did you mean {' or '.join(exact)}?" if exact else hint
                 problems.append(f"{prefix}{name} ({source}) is unknown{hint}")
             else:
                 path = self.names[name]
                 before = layer.values.get(path)
-                if before and before[1] != f"{prefix}{name}" and before[0] != value:
-                    both = f"{before[0]!r} and {value!r}"
+                repeated = before and before[1] == f"{prefix}{name}" and source in ("override", "flag")  # last one wins
+                if before and not repeated and not self._same(path, before[0], value):
+                    secret = self.knobs[path].metadata.get("secret")
+                    both = "different values" if secret else f"{before[0]!r} and {value!r}"
                     problems.append(f"{before[1]} and {prefix}{name} ({source}) both set {path}, to {both}")
                 layer.values[path] = (value, f"{prefix}{name}")
         return layer
+
+    def _same(self, path: str, one: Any, other: Any) -> bool:
+        """Two ways to write one value."""
+        annotation = self.knobs[path].annotation
+        try:
+            return convert(one, annotation) == convert(other, annotation)
+        except ValueError:
+            return one == other
 
     def _build(self, merged: Mapping[str, tuple[Any, str]], problems: list[str]) -> Any:
         values: dict[str, dict[str, Any]] = {section.name: {} for section in fields(self.config_class)}
@@ -445,7 +477,7 @@ class Parser:
             knob, (section, name) = self.knobs[path], path.split(".", 1)
             try:
                 value = convert(raw, knob.annotation)
-            except (ValueError, yaml.YAMLError) as error:
+            except ValueError as error:
                 problems.append(f"{spelling}: {' '.join(str(error).split())}")
                 continue
             problem = _limit_problem(value, knob.metadata)
@@ -465,7 +497,8 @@ class Parser:
         warnings = []
         for path, (_, spelling) in given.items():
             name, _, values = (self.knobs[path].metadata.get("needs") or "").partition("=")
-            if not name:
+            value = getattr(getattr(config, path.split(".")[0]), path.split(".")[1])
+            if not name or value == self.knobs[path].default:
                 continue
             needed = getattr(getattr(config, path.split(".")[0]), name)
             word = "null" if needed is None else str(needed)
@@ -537,7 +570,16 @@ def to_dict(config: Any) -> dict[str, dict[str, Any]]:
 
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML; it can be passed back with `--config`, except for masked secrets."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return yaml.safe_dump(_escaped(to_dict(config)), sort_keys=False)
+
+
+def _escaped(value: Any) -> Any:
+    """`${...}` as text, which would otherwise be resolved when the file is read."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ numbers k G ... (k + 1) G - 1, G being the global batch: processes x accumulatio
 which item a sample is or what is drawn for it: resume needs no loader state, and the number of processes is free.
 """
 
+import atexit
 import itertools
 import json
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -72,19 +74,25 @@ class SamplePlan:
     def __init__(self, num_items: int, seed: int, global_batch: int, groups: Sequence[Any] | None = None):
         if num_items < 1:
             raise ValueError("the data set is empty: there is nothing to train on")
+        if groups is not None and len(groups) != num_items:
+            raise ValueError(f"there are {len(groups)} group labels for {num_items} items")
         self.num_items, self.seed, self.global_batch = num_items, seed, global_batch
+        self._recent: dict[int, dict[int, np.ndarray]] = {}  # per group its last two permutations
         labels = sorted(set(groups)) if groups is not None else [None]
         every = range(num_items)
         self.members = [
             np.array([i for i in every if groups is None or groups[i] == label], dtype=np.int64) for label in labels
         ]
 
-    @lru_cache(maxsize=64)  # noqa: B019 (one plan lives as long as the run)
     def _permutation(self, group: int, round_: int) -> np.ndarray:
-        members = self.members[group]
-        return members[rng_for(self.seed, "order", group, round_).permutation(len(members))]
+        recent, members = self._recent.setdefault(group, {}), self.members[group]
+        if round_ not in recent:
+            while len(recent) > 1:
+                del recent[min(recent)]
+            recent[round_] = members[rng_for(self.seed, "order", group, round_).permutation(len(members))]
+        return recent[round_]
 
-    @lru_cache(maxsize=2)  # noqa: B019
+    @lru_cache(maxsize=2)  # noqa: B019 (one plan lives as long as the run)
     def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
         """Group of every batch of a cycle, and how many batches of that group came before it in the cycle."""
         group = np.repeat(np.arange(len(self.members)), [len(m) for m in self.members])
@@ -135,7 +143,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]
-        if isinstance(first, np.ndarray):
+        if isinstance(first, (np.ndarray, np.generic)):
             batch[key] = torch.from_numpy(np.stack(values))
         elif isinstance(first, Tensor):
             batch[key] = torch.stack(values)
@@ -238,8 +246,11 @@ class SampleLoader:
         keys = _MicroBatches(self.plan, self.micro_batch, self.rank, self.world_size, first_sample, steps)
         failures = 0
         while True:
+            iterator: Any = iter(self._loader(keys))
+            processes = set(getattr(iterator, "_workers", ()))
+            _loader_processes.update(processes)
             try:
-                for batch in self._loader(keys):
+                for batch in iterator:
                     keys.skipped, failures = keys.skipped + 1, 0
                     for record in sum(batch.pop("_bad"), []):
                         self._note_bad(record)
@@ -254,6 +265,8 @@ class SampleLoader:
                         f"loader processes failed {failures} times in a row, though every item can be read by itself "
                         f"({error}): the machine may be short of memory; lower data.num_workers"
                     ) from error
+            finally:
+                _kill(processes)  # one that hangs in a decoder would outlive the run
 
     def _loader(self, keys: _MicroBatches) -> DataLoader:
         return DataLoader(
@@ -263,6 +276,7 @@ class SampleLoader:
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             timeout=self.sample_timeout_s * self.micro_batch if self.num_workers else 0,
+            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # torch draws a seed from it that nothing uses: not from the global one
         )
 
@@ -281,10 +295,13 @@ class SampleLoader:
         return found
 
     def _note_bad(self, record: dict[str, Any]) -> None:
-        if record["item"] not in self.bad_items:
-            self.bad_samples_path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.bad_samples_path, "a") as file:  # one short line per write: processes do not interleave
-                file.write(json.dumps(record) + "\n")
+        self._read_bad_items()
+        if record["item"] in self.bad_items:
+            return
+        self.bad_samples_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.bad_samples_path, "ab+") as file:  # one short line per write: processes do not interleave
+            is_torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write((b"\n" if is_torn else b"") + json.dumps(record).encode() + b"\n")
         self._read_bad_items()
 
     def _read_bad_items(self) -> None:
@@ -293,6 +310,26 @@ class SampleLoader:
             self.bad_items.add(record["item"])
             if record.get("forbidden"):
                 self.dataset.forbidden.add(record["item"])
+
+
+_loader_processes: set[Any] = set()
+
+
+def _kill(processes: set[Any]) -> None:
+    """Loader processes hold nothing worth saving, and SIGTERM does not reach them."""
+    for process in list(processes):
+        process.kill()
+        _loader_processes.discard(process)
+
+
+# Registered after that of multiprocessing, so called before it, which would wait for them.
+atexit.register(_kill, _loader_processes)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Schedulers signal every process, but the main one still needs its batches to finish the step and save."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _loader_process_failed(error: RuntimeError) -> bool:
@@ -370,6 +407,11 @@ class Fetcher:
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    """The records of a file of JSON lines; lines that a crash has torn are passed over."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

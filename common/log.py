@@ -58,7 +58,8 @@ class RunLog:
         try:
             places = (project, str(logging_dir)) if tracker_class.requires_logging_directory else (project,)
             logging_dir.mkdir(parents=True, exist_ok=True)
-            tracker = tracker_class(*places, **(arguments or {}))
+            own = {"dir": str(logging_dir)} if name == "wandb" else {}
+            tracker = tracker_class(*places, **(own | dict(arguments or {})))
             tracker.start()
             tracker.store_init_configuration(config)
         except Exception as error:  # whatever a tracker raises, training is worth more
@@ -76,8 +77,10 @@ class RunLog:
         if not self.is_main or not path.exists():
             return
         if step == 0:
-            number = len(list(self.output_dir.glob("metrics-*.jsonl")))
-            path.rename(self.output_dir / f"metrics-{number}.jsonl")
+            number = 0
+            while (aside := self.output_dir / f"metrics-{number}.jsonl").exists():
+                number += 1
+            path.rename(aside)
             return
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         temporary = path.with_suffix(".jsonl.partial")
@@ -90,10 +93,11 @@ class RunLog:
         Args:
             step: optimizer steps done.
             kind: `train` or `validation`.
-            values: numbers; a non-finite one is written as null, since JSON has no NaN.
+            values: numbers, of Python or numpy; a non-finite one is written as null, since JSON has no NaN.
         """
         if not self.is_main:
             return
+        values = {name: getattr(value, "item", lambda value=value: value)() for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with open(self.output_dir / METRICS, "a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
@@ -127,7 +131,7 @@ class RunLog:
 
 def _tracker_names(report_to: str) -> list[str]:
     """The names in `report_to`; ValueError for one that does not exist."""
-    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in report_to.split(",") if name.strip()))
     if "all" in names:
         return [str(name) for name in get_available_trackers()]
     known = [str(name) for name in LOGGER_TYPE_TO_CLASS]

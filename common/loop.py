@@ -538,5 +538,6 @@ def naming_memory(run: Run) -> Iterator[None]:
 def _too_many_bad(loader: SampleLoader) -> RuntimeError:
     return RuntimeError(
         f"{len(loader.bad_items)} of {loader.plan.num_items} items could not be read, more than data.max_bad_fraction "
-        f"allows ({loader.max_bad_items:g}); see {loader.bad_samples_path}. Repair or remove them, or raise the limit"
+        f"allows ({loader.max_bad_items:g}); see {loader.bad_samples_path}. Repair them and delete that file, or raise "
+        "the limit"
     )

@@ -147,7 +147,7 @@ def _find_weights(net: str, backbone_weights: str | Path | None) -> Path:
 
     url = {"alex": AlexNet_Weights, "vgg": VGG16_Weights}[net].IMAGENET1K_V1.url
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    remedy = f"download {url} and put it to {cached}, or set validation.lpips_weights to where it is"
+    remedy = f"download {url} and put it to {cached}, or set lpips_weights to where it is"
     if backbone_weights is not None:
         if not Path(backbone_weights).is_file():
             raise LpipsUnavailable(f"LPIPS ({net}): the weights {backbone_weights} are not a file: {remedy}.")

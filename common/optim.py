@@ -55,11 +55,8 @@ def _piecewise(rules: str | None, step: int) -> float:
     """`1:10,0.1:20,0.01`: factor 1 before step 10, 0.1 before step 20, then 0.01."""
     *parts, last = (rules or "").split(",")
     try:
-        for part in parts:
-            factor, until_step = part.split(":")
-            if step < int(until_step):
-                return float(factor)
-        return float(last)
+        steps = sorted((int(until), float(factor)) for factor, until in (part.split(":") for part in parts))
+        return next((factor for until, factor in steps if step < until), float(last))
     except ValueError:
         raise ValueError(
             f"lr_step_rules {rules!r} must read `factor:until_step,...,last_factor`, e.g. 1:1000,0.1"

@@ -15,7 +15,7 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -145,9 +145,11 @@ def clear_errors() -> Iterator[None]:
         sys.exit(0)
     except (ValueError, OSError, RuntimeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if not Path(frames[-1].filename).is_relative_to(REPOSITORY):
+        source, line = Path(frames[-1].filename), frames[-1].line or ""
+        is_ours = source.is_relative_to(REPOSITORY) and "site-packages" not in source.parts  # .venv may lie in it
+        if not is_ours or not line.startswith("raise ") or isinstance(error, NotImplementedError):
             raise
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = f"[rank {os.environ.get('RANK', '?')}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     if torch.distributed.is_initialized():
@@ -192,7 +194,7 @@ class StopSignal:
         self.processes, self.received = processes, ""
         self.deadline = None if max_train_time_s is None else time.monotonic() + max_train_time_s
         # Flags travel over gloo: that neither waits for the GPU nor makes the GPU wait.
-        self.group = torch.distributed.new_group(backend="gloo") if processes.num_processes > 1 else None
+        self.group: Any = torch.distributed.new_group(backend="gloo") if processes.num_processes > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
 

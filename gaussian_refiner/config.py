@@ -93,8 +93,9 @@ class RefinerOptim(OptimConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefinerValidation(ValidationConfig):
-    max_validation_items: int | None = option(None, "held-out items repaired per validation; null is all", minimum=1)
+class SamplerConfig:
+    """How images are repaired, in validation and in inference."""
+
     num_inference_steps: int = option(20, "sampler steps", minimum=1, needs="parity=False")
     guidance_scale: float = option(
         1.5, "classifier-free guidance; 1 is off and halves the cost", above=0, needs="parity=False"
@@ -106,6 +107,11 @@ class RefinerValidation(ValidationConfig):
         1.0, "1 starts from noise, less from the render with that share of noise", above=0, maximum=1
     )
     parity: bool = option(False, "sample as the original did: guidance 10 between two prompts, no rescale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerValidation(ValidationConfig, SamplerConfig):
+    max_validation_items: int | None = option(None, "held-out items repaired per validation; null is all", minimum=1)
     lpips_weights: str | None = option(
         None, "AlexNet weights of torchvision for LPIPS; null looks in torch hub's cache"
     )

@@ -24,13 +24,12 @@ from common import runtime
 from common.config import Parser, find_file, folder_or_id, option
 from common.metrics import SSIM_WINDOW_PX, Lpips, LpipsUnavailable, psnr, ssim
 from common.video import MediaError, contact_sheet, image_size, load_image, save_image, to_uint8
-from gaussian_refiner.config import RefinerValidation
+from gaussian_refiner.config import SamplerConfig
 from gaussian_refiner.data import BUCKETS, bucket_batches, choose_bucket, normalise, read_pairs
 from gaussian_refiner.models.components import PARITY_PROMPTS, Components, embed_text, load_components
 from gaussian_refiner.models.self_mutual_attention import CondCache, install_self_mutual_attention
 from gaussian_refiner.models.unet import LATENT_CHANNELS
-from gaussian_refiner.repair import Frame, encode_frames, frame_of, repair_frames
-from gaussian_refiner.task import Sampling, sampling
+from gaussian_refiner.repair import Frame, Sampling, encode_frames, frame_of, repair_frames, sampling
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METRICS = ("psnr", "ssim", "lpips")
@@ -81,34 +80,6 @@ class InferFrame:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferSampling:
-    num_inference_steps: int = option(
-        RefinerValidation.num_inference_steps, "sampler steps", minimum=1, needs="parity=False"
-    )
-    guidance_scale: float = option(
-        RefinerValidation.guidance_scale,
-        "classifier-free guidance; 1 is off and halves the cost",
-        above=0,
-        needs="parity=False",
-    )
-    guidance_rescale: float = option(
-        RefinerValidation.guidance_rescale,
-        "share by which guided predictions are rescaled",
-        minimum=0,
-        maximum=1,
-        needs="parity=False",
-    )
-    strength: float = option(
-        RefinerValidation.strength,
-        "1 starts from noise, less from the render with that share of noise",
-        above=0,
-        maximum=1,
-        needs="parity=False",
-    )
-    parity: bool = option(False, "sample as the original did: guidance 10 between two prompts, no rescale")
-
-
-@dataclass(frozen=True, kw_only=True)
 class InferRun:
     seed: int = option(12345, "an image's noise follows from the seed and its place in the input", minimum=0)
     batch_size: int = option(1, "images repaired at once; wide ones count once per window", minimum=1)
@@ -127,7 +98,7 @@ class InferConfig:
     data: InferData = field(default_factory=InferData)
     model: InferModel = field(default_factory=InferModel)
     frame: InferFrame = field(default_factory=InferFrame)
-    sampling: InferSampling = field(default_factory=InferSampling)
+    sampling: SamplerConfig = field(default_factory=SamplerConfig)
     run: InferRun = field(default_factory=InferRun)
 
 
@@ -318,7 +289,7 @@ def load_refiner(config: InferConfig) -> Refiner:
             file=sys.stderr,
         )
     how = sampling(
-        RefinerValidation(**asdict(config.sampling)),
+        config.sampling,
         null_text=embed_text(components, [""]).to(device),  # (1, 77, C)
         parity_text=embed_text(components, PARITY_PROMPTS).to(device),  # (2, 77, C)
     )

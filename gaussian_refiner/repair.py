@@ -8,12 +8,42 @@ import torch
 from torch import Tensor
 
 from common.data import draw_normal
+from gaussian_refiner.config import SamplerConfig
 from gaussian_refiner.data import BUCKETS, normalise, window_places
 from gaussian_refiner.models.components import Components, embed_images
-from gaussian_refiner.models.denoise import WINDOW_STEP_PX, decode, denoise, encode, window_offsets
+from gaussian_refiner.models.denoise import WINDOW_STEP_PX, NullKind, decode, denoise, encode, window_offsets
 from gaussian_refiner.models.objective import class_labels
 from gaussian_refiner.models.self_mutual_attention import CondCache
-from gaussian_refiner.task import Sampling
+
+PARITY_GUIDANCE_SCALE = 10.0
+PARITY_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are repaired."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    strength: float
+    null_kinds: tuple[NullKind, ...]
+    text: tuple[Tensor, Tensor]  # unconditional and conditional embeddings, (1, tokens, C) each
+
+
+def sampling(sampler: SamplerConfig, null_text: Tensor, parity_text: Tensor) -> Sampling:
+    """The sampler of a configuration: guidance over the trained nulls, or the original's between two prompts."""
+    if sampler.parity:
+        negative, positive = parity_text.chunk(2)  # (1, tokens, C) each
+        return Sampling(PARITY_STEPS, PARITY_GUIDANCE_SCALE, 0.0, 1.0, ("text", "clip"), (negative, positive))
+    return Sampling(
+        sampler.num_inference_steps,
+        sampler.guidance_scale,
+        sampler.guidance_rescale,
+        sampler.strength,
+        ("clip", "render", "cond"),
+        (null_text, null_text),
+    )
 
 
 @dataclass(frozen=True)

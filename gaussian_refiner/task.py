@@ -4,7 +4,6 @@ The formulas are in `models.objective` and `models.denoise`; here they meet the 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,20 @@ from common.loop import StepOutput
 from common.metrics import Lpips, psnr, ssim
 from common.runtime import Processes, StopSignal
 from common.video import contact_sheet, load_image, to_uint8
-from gaussian_refiner.config import RefinerConfig, RefinerLoss, RefinerValidation
+from gaussian_refiner.config import RefinerConfig, RefinerLoss
 from gaussian_refiner.data import RefinerDataset
 from gaussian_refiner.models.components import Components, embed_images
-from gaussian_refiner.models.denoise import NullKind, decode, denoise, encode
+from gaussian_refiner.models.denoise import decode, encode
 from gaussian_refiner.models.objective import (
     ObjectiveSettings,
     PredictionType,
     RefinerDraws,
     RefinerInputs,
-    class_labels,
     repair_loss,
 )
 from gaussian_refiner.models.self_mutual_attention import CondCache
+from gaussian_refiner.repair import repair_frames, sampling
 
-PARITY_GUIDANCE_SCALE = 10.0
-PARITY_STEPS = 20
 SHEET_ROWS = 8
 
 
@@ -89,33 +86,6 @@ def encode_batch(components: Components, batch: dict[str, Any]) -> dict[str, Ten
     cond, render, gt = encode(components.vae, pixels).chunk(3)  # (B, 4, h, w) each
     embeds = embed_images(components, list(batch["cond_u8"].cpu().numpy()))  # (B, D)
     return dict(zip(names, (render, cond, gt, embeds), strict=True))
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are repaired."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_rescale: float
-    strength: float
-    null_kinds: tuple[NullKind, ...]
-    text: tuple[Tensor, Tensor]  # unconditional and conditional embeddings, (1, tokens, C) each
-
-
-def sampling(validation: RefinerValidation, null_text: Tensor, parity_text: Tensor) -> Sampling:
-    """The sampler of a configuration: guidance over the trained nulls, or the original's between two prompts."""
-    if validation.parity:
-        negative, positive = parity_text.chunk(2)  # (1, tokens, C) each
-        return Sampling(PARITY_STEPS, PARITY_GUIDANCE_SCALE, 0.0, 1.0, ("text", "clip"), (negative, positive))
-    return Sampling(
-        validation.num_inference_steps,
-        validation.guidance_scale,
-        validation.guidance_rescale,
-        validation.strength,
-        ("clip", "render", "cond"),
-        (null_text, null_text),
-    )
 
 
 class RefinerTask:
@@ -195,8 +165,9 @@ class RefinerTask:
         batch = _batch_of_one(self.held_out.validation_sample(index), self.processes.device)
         encoded = encode_batch(self.components, batch)
         seed, name = self.config.run.seed, f"{index:03d}"
-        repaired = repair(
-            self.components, self.cond_cache, self.sampling, encoded, batch["has_cond"], seed=seed, numbers=[index]
+        one_window = {**encoded, "image_embeds": encoded["image_embeds"][None], "has_cond": batch["has_cond"]}
+        repaired = repair_frames(
+            self.components, self.cond_cache, self.sampling, one_window, seed=seed, numbers=[index]
         )  # (1, 3, H, H)
         render, gt, cond = (batch[key] / 2 + 0.5 for key in ("render", "gt", "prompt_img"))  # (1, 3, H, H) in [0, 1]
         for kind, image in {"render": render, "repaired": repaired, "gt": gt, "cond": cond}.items():
@@ -233,48 +204,3 @@ class RefinerTask:
 def _batch_of_one(sample: dict[str, Any], device: torch.device) -> dict[str, Any]:
     tensors = {key: torch.from_numpy(np.array(value))[None] for key, value in sample.items()}  # (1, ...)
     return {key: value if key == "cond_u8" else value.to(device) for key, value in tensors.items()}
-
-
-def repair(
-    components: Components,
-    cond_cache: CondCache,
-    how: Sampling,
-    encoded: dict[str, Tensor],
-    has_cond: Tensor,
-    *,
-    seed: int,
-    numbers: Sequence[int],
-    use_cond_cache: bool = True,
-) -> Tensor:
-    """Repaired images (B, 3, H, W) in [0, 1], float32.
-
-    Args:
-        encoded: `render_latents`, `cond_latents` (B, 4, h, w) and `image_embeds` (B, D); see `encode_batch`.
-        has_cond: (B,) bool; without a conditioning image its latents and class vector are zero.
-        seed, numbers: each image's noise follows from the seed and its number (B,).
-    """
-    render, cond = encoded["render_latents"], encoded["cond_latents"]
-    device, keep = render.device, has_cond.to(render.device).float()
-    embeds = encoded["image_embeds"].to(device)
-    constants = components.constants(device)
-    noise = draw_normal(seed, "validation image embedding noise", numbers, embeds.shape[1:]).to(device)  # (B, D)
-    labels = class_labels(
-        embeds, noise, constants.embed_mean, constants.embed_std, constants.image_alphas_cumprod
-    )  # (B, 2 D)
-    latents = denoise(
-        components.unet,
-        cond_cache,
-        components.scheduler,
-        cond_latents=cond * keep[:, None, None, None],
-        render_latents=render,
-        text=how.text,
-        class_labels=labels * keep[:, None],
-        init_noise=draw_normal(seed, "validation noise", numbers, render.shape[1:]).to(device),
-        num_inference_steps=how.num_inference_steps,
-        guidance_scale=how.guidance_scale,
-        guidance_rescale=how.guidance_rescale,
-        strength=how.strength,
-        use_cond_cache=use_cond_cache,
-        null_kinds=how.null_kinds,
-    )
-    return decode(components.vae, latents)

@@ -7,6 +7,7 @@ import base64
 import html
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ ENDS = 20  # the first and the last loss are means over so many steps: that of o
 CHART_PX = (560, 300)  # width, height
 MARGIN_PX = (62, 16, 16, 46)  # left, top, right, bottom
 LABEL_GAP_PX = 15  # least distance between two labels in a chart
+COMMAND_COLUMNS = 100
 PICTURE_MIMES = {".png": "image/png", ".jpg": "image/jpeg"}
 
 STYLE = """
@@ -35,13 +37,15 @@ th { font-size: .8125rem; font-weight: 600; vertical-align: bottom; }
 .charts { display: flex; flex-wrap: wrap; gap: 1.25rem 2rem; }
 figure { margin: 0; }
 svg { display: block; max-width: 100%; height: auto; }
-svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: #5a6572; }
+svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: #5a6572;
+  paint-order: stroke; stroke: #fff; stroke-width: 3px; }
 .pictures td { padding: .25rem .5rem .25rem 0; }
-.pictures img { display: block; width: 100%; max-width: 12.5rem; border-radius: 3px; }
+.pictures img { display: block; width: 100%; max-width: 13rem; border-radius: 3px; }
 code, pre { font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.commands pre { background: #f4f6f8; padding: .5rem .75rem; border-radius: 4px; }
+pre { margin: 0; background: #f4f6f8; padding: .5rem .75rem; border-radius: 4px; overflow-x: auto; }
+a { color: #1f6fb5; }
 .commands td { padding-bottom: .75rem; }
+.commands td:first-child { width: 11rem; }
 """
 
 
@@ -155,6 +159,18 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def wrapped(line: str, indent: str = "") -> str:
+    """A long command line over several lines, broken in front of flags, as a shell reads it."""
+    first, *flags = line.split(" --")
+    lines = [first]
+    for flag in flags:
+        if len(lines[-1]) + len(flag) + 5 <= COMMAND_COLUMNS:
+            lines[-1] += f" --{flag}"
+        else:
+            lines.append(f"  --{flag}")
+    return " \\\n".join(indent + part for part in lines)
+
+
 # Charts ---------------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +237,8 @@ def chart(
         )
 
     parts = [_axes(xs, ys, place, x_label, y_label)]
-    label_tops = spread([place(xs[0], y)[1] - 4 for y in levels.values()], LABEL_GAP_PX)
+    highest = max(levels.values(), default=0)  # its label stands above the line, the others below theirs
+    label_tops = spread([place(xs[0], y)[1] + (-5 if y == highest else 14) for y in levels.values()], LABEL_GAP_PX)
     for (label, y), label_top in zip(levels.items(), label_tops, strict=True):
         (x1, y1), (x2, _) = place(xs[0], y), place(xs[-1], y)
         parts.append(_rule(x1, y1, x2, y1, "#9a6b00"))
@@ -290,7 +307,7 @@ def write_report(path: Path, title: str, facts: Sequence[str], parts: Sequence[P
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="quiet">{"<br>".join(html.escape(fact) for fact in facts)}</p>',
         _summary([summary_cells(part) for part in parts]),
-        *(_section(part) for part in parts),
+        *(_section(part, path.parent) for part in parts),
         "</body></html>\n",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -308,10 +325,11 @@ def _summary(rows: Sequence[Mapping[str, str]]) -> str:
     return f'<table class="numbers"><tr>{head}</tr>{body}</table><p class="quiet">{note}</p>'
 
 
-def _section(part: Part) -> str:
+def _section(part: Part, folder: Path) -> str:
+    """All about one trainer; links to its files start at `folder`, where the page is."""
     files = "".join(
-        f"<tr><th>{html.escape(what)}</th><td><code>{html.escape(str(where))}</code></td></tr>"
-        for what, where in part.written.items()
+        f'<tr><th>{html.escape(what)}</th><td><a href="{link}"><code>{link}</code></a></td></tr>'
+        for what, link in ((what, html.escape(os.path.relpath(path, folder))) for what, path in part.written.items())
     )
     blocks = [
         f"<h2>{html.escape(part.title)}</h2><p>{html.escape(part.explanation)}</p>",
@@ -363,7 +381,9 @@ def _image(path: Path) -> str:
 
 def _command_row(command: Command) -> str:
     note = f", {command.note}" if command.note else ""
+    lines = [f"cd {command.folder}"] if command.folder != Path(".") else []
+    lines.append(wrapped(command.line))
     return (
-        f'<tr><td>{html.escape(command.title)}<br><span class="quiet">{command.seconds:.0f} s{html.escape(note)}'
-        f"</span></td><td><pre>cd {html.escape(str(command.folder))}\n{html.escape(command.line)}</pre></td></tr>"
+        f'<tr><td>{html.escape(command.title)}<br><span class="quiet">{command.seconds:.0f} s{html.escape(note)}</span>'
+        f"</td><td><pre>{html.escape(chr(10).join(lines))}</pre></td></tr>"
     )

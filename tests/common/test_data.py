@@ -169,14 +169,12 @@ def test_an_empty_data_set_is_refused() -> None:
         SamplePlan(0, 0, 4)
 
 
-@pytest.mark.xfail(strict=True, reason="labels beyond num_items are passed over, and too few end in an IndexError")
 @pytest.mark.parametrize("labels", [["a"], ["a"] * 4])
 def test_one_label_per_item(labels: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{len(labels)} group labels.* 3 items"):
         SamplePlan(3, 0, 2, labels)
 
 
-@pytest.mark.xfail(strict=True, reason="64 permutations are kept, whatever their length: 512 bytes per item")
 def test_old_permutations_are_forgotten() -> None:
     num_items, epochs = 20_000, 20
     plan = SamplePlan(num_items, 0, num_items)
@@ -306,7 +304,6 @@ print("ended", flush=True)  # workers that are still busy must not keep the proc
 """
 
 
-@pytest.mark.xfail(strict=True, reason="a signal to the whole process group ends the workers, and so the run, unsaved")
 def test_workers_leave_signals_to_the_main_process(tmp_path: Path) -> None:
     """SLURM, `timeout` and Ctrl-C signal workers too, while the main process finishes its step and saves."""
     command = [sys.executable, "-c", SIGNALLED]
@@ -350,7 +347,6 @@ def test_the_limit_of_bad_samples(tmp_path: Path, bad: tuple[int, ...], limit: f
     assert subject.too_many_bad is too_many
 
 
-@pytest.mark.xfail(strict=True, reason="the message asks for repairs, but what was recorded counts in every later run")
 def test_the_message_says_how_to_go_on_after_repairs(tmp_path: Path) -> None:
     subject = loader(Source(bad=(1, 2, 3)), tmp_path, SamplePlan(10, 0, 5))
     read(subject.batches(0, 8))
@@ -362,7 +358,6 @@ def test_the_message_says_how_to_go_on_after_repairs(tmp_path: Path) -> None:
     assert not repaired.too_many_bad
 
 
-@pytest.mark.xfail(strict=True, reason="each rank knows only the bad items that it met itself")
 def test_bad_samples_are_recorded_and_counted_once_over_ranks(tmp_path: Path) -> None:
     plan = SamplePlan(10, 0, 4)
     ranks = [loader(Source(bad=(1, 2, 3)), tmp_path, plan, micro_batch=2, rank=rank, world_size=2) for rank in range(2)]
@@ -381,7 +376,6 @@ def test_a_torn_record_is_passed_over(tmp_path: Path, torn: str) -> None:
     assert loader(Source(), tmp_path, SamplePlan(10, 0, 5)).bad_items == {7}
 
 
-@pytest.mark.xfail(strict=True, reason="the next record is glued to a torn one, and then the file cannot be read")
 def test_a_record_after_a_torn_one_is_read(tmp_path: Path) -> None:
     path = tmp_path / "new" / "bad.jsonl"
     path.parent.mkdir()
@@ -392,7 +386,6 @@ def test_a_record_after_a_torn_one_is_read(tmp_path: Path) -> None:
     assert [json.loads(line)["item"] for line in path.read_text().splitlines() if line.endswith("}")] == [2]
 
 
-@pytest.mark.xfail(strict=True, reason="a torn line may end in a brace of its reason")
 def test_a_record_torn_after_a_brace_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "new" / "bad.jsonl"
     path.parent.mkdir()
@@ -449,7 +442,6 @@ def test_collate() -> None:
         assert batch[name] == [first[name], second[name]]
 
 
-@pytest.mark.xfail(strict=True, reason="numpy's scalars are no int or float, and so become a list")
 @pytest.mark.parametrize("kind", [np.float32, np.int64, np.bool_])
 def test_numbers_of_numpy_become_a_tensor(kind: type) -> None:
     batch = collate([{"n": kind(1)}, {"n": kind(0)}])

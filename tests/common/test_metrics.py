@@ -145,7 +145,7 @@ def test_offline_message_names_file_place_and_key(offline, tmp_path, net, file):
         Lpips.load(net)
     text = str(raised.value)
     assert "HF_HUB_OFFLINE forbids a download" in text and f"/{file} and put it to" in text
-    assert str(tmp_path / "hub" / "checkpoints" / file) in text and "set validation.lpips_weights to" in text
+    assert str(tmp_path / "hub" / "checkpoints" / file) in text and "set lpips_weights to" in text
 
 
 def test_failing_download_is_quick_and_leaves_nothing(offline, monkeypatch, tmp_path):
@@ -157,7 +157,7 @@ def test_failing_download_is_quick_and_leaves_nothing(offline, monkeypatch, tmp_
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(LpipsUnavailable, match="download failed .*no route to host.*validation.lpips_weights"):
+    with pytest.raises(LpipsUnavailable, match="download failed .*no route to host.*lpips_weights"):
         Lpips.load("alex")
     assert timeouts == [metrics.DOWNLOAD_TIMEOUT_SECONDS]
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []

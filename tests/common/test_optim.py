@@ -61,9 +61,6 @@ def test_piecewise_factors_are_those_of_diffusers(rules: str) -> None:
         assert lr_factor("piecewise_constant", step, step_rules=rules) == factor(step)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="rules are taken in the order in which they are written, not in that of the steps"
-)
 def test_piecewise_rules_out_of_order() -> None:
     rules = "0.1:20,1:10,0.01"
     factor = reference("piecewise_constant", step_rules=rules)
@@ -82,7 +79,6 @@ def test_piecewise_rules_that_cannot_be_read(rules: str | None) -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="only the rule of step 0 is read before the run; the others when they are due")
 @pytest.mark.parametrize("rules", ["1:10,", "1:10,x", "1:10,0.1:b,0.01", "1:10,0.1:20"])
 def test_late_piecewise_rules_that_cannot_be_read(rules: str) -> None:
     with pytest.raises(ValueError, match="lr_step_rules"):

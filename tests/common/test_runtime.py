@@ -34,6 +34,8 @@ from common.runtime import (
 
 NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="says what happens where there is no GPU")
 
+ALONE: Any = SimpleNamespace(process_index=0, num_processes=1)  # a run of one process
+
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
@@ -95,7 +97,6 @@ def test_errors_of_one_of_many_processes_bear_its_rank(
     assert capsys.readouterr().err == "[rank 1] error: what to change\n"
 
 
-@pytest.mark.xfail(strict=True, reason="a KeyError of the handler takes the place of the error")
 def test_errors_where_the_rank_is_unknown(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit), clear_errors():
@@ -106,11 +107,7 @@ def test_errors_where_the_rank_is_unknown(capsys: pytest.CaptureFixture, monkeyp
 @pytest.mark.parametrize(
     "kind", [KeyError, TypeError, AssertionError, KeyboardInterrupt, SystemExit, NotImplementedError]
 )
-def test_mistakes_of_the_program_keep_their_traceback(
-    kind: type[BaseException], capsys: pytest.CaptureFixture, request: pytest.FixtureRequest
-) -> None:
-    if kind is NotImplementedError:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="it is a RuntimeError, so the traceback is lost"))
+def test_mistakes_of_the_program_keep_their_traceback(kind: type[BaseException], capsys: pytest.CaptureFixture) -> None:
     error = kind("mistake")
     with pytest.raises(kind) as raised, clear_errors():
         raise error
@@ -123,7 +120,6 @@ def test_errors_of_the_standard_library_keep_their_traceback(capsys: pytest.Capt
     assert "decoder.py" in str(raised.traceback[-1].path) and capsys.readouterr().err == ""
 
 
-@pytest.mark.xfail(strict=True, reason="libraries of a virtual environment inside the repository are taken for ours")
 def test_errors_of_libraries_inside_the_repository_keep_their_traceback(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +130,6 @@ def test_errors_of_libraries_inside_the_repository_keep_their_traceback(
     assert Path(raised.traceback[-1].path).is_relative_to(site_packages) and capsys.readouterr().err == ""
 
 
-@pytest.mark.xfail(strict=True, reason="what C code raises seems to come from the line of ours that called it")
 @pytest.mark.parametrize(
     "action",
     [
@@ -294,11 +289,11 @@ def test_model_randomness_differs_between_ranks_and_steps() -> None:
 def test_a_signal_asks_for_an_end_and_a_second_one_ends(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    stop = StopSignal()
-    assert stop.received is None
+    stop = StopSignal(ALONE)
+    assert stop.received == "" and not stop.is_wanted
     signal.raise_signal(number)
     assert stop.received == number.name
-    message = f"{number.name}: saving after this step, then stopping; once more stops at once\n"
+    message = f"{number.name}: saving, then stopping; once more stops at once\n"
     assert capsys.readouterr().err == message
 
     class Ended(BaseException):
@@ -316,7 +311,7 @@ def test_a_signal_asks_for_an_end_and_a_second_one_ends(
 def test_a_second_signal_may_be_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     monkeypatch.setattr(subject.os, "kill", lambda pid, number: sent.append(number))
-    StopSignal()
+    StopSignal(ALONE)
     signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGTERM)
     assert sent == [signal.SIGTERM]

@@ -1,0 +1,345 @@
+"""Runs every trainer in miniature by its documented command and reports what came of it; see `scripts/demo.sh`.
+
+A trainer takes part by one entry in DEMOS.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+import torch
+from report import Command, Metric, Part, Pictures, summary_cells, text_table, wrapped, write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent  # the environment's `accelerate`, wherever PATH points
+OUTPUT = ROOT / "runs" / "demo"
+SHOWN_LINES = 30  # of the output of a command that failed
+POLL_S = 0.5
+
+
+class StepFailed(RuntimeError):
+    """A command did not end as it should; the text holds its last lines."""
+
+    def __init__(self, message: str, exit_status: int):
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one trainer's demo reads and writes."""
+
+    data: Path
+    checkpoint: Path
+    run: Path
+    result: Path
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One trainer's part of the demo.
+
+    Attributes:
+        trainer: name of its folder.
+        train: the documented training command, run from the data folder.
+        use: the command that uses the trained weights, run from the data folder.
+        steps, interrupt_after_steps: optimizer steps of `train`, and after how many it is stopped and resumed.
+        checkpoint_flags: for make_tiny_checkpoints.py.
+        pictures: for the report, once all is done.
+        written: what lies where, for the report.
+        shown_lines_of_use: last lines of the output of `use` that go to the terminal.
+    """
+
+    trainer: str
+    title: str
+    explanation: str
+    train: Callable[[Places], list[str]]
+    use: Callable[[Places], list[str]]
+    steps: int
+    interrupt_after_steps: int
+    metric: Metric
+    pictures: Callable[[Places], list[Pictures]]
+    written: Callable[[Places], dict[str, Path]]
+    checkpoint_flags: tuple[str, ...] = ()
+    shown_lines_of_use: int = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gaussian_refiner
+
+REFINER_STEPS = 500
+REFINER_HEIGHT_PX = 192
+REFINER_SHOWN_ITEMS = (0, 1, 2, 4)
+REFINER_SAMPLING = ["--height_px", str(REFINER_HEIGHT_PX), "--num_inference_steps", "10"]
+REFINER_SAMPLING += ["--strength", "0.5", "--guidance_scale", "1"]
+
+
+def refiner_training(places: Places) -> list[str]:
+    """A random network of 0.2 M weights learns at a much higher rate than the pretrained one of 870 M would bear."""
+    command = [str(BIN / "accelerate"), "launch", "--num_processes", "1", "--mixed_precision", "fp16"]
+    command += [str(ROOT / "gaussian_refiner" / "train_repair_cross_attn_version.py")]
+    command += ["--pretrained_model_name_or_path", str(places.checkpoint), "--output_dir", str(places.run)]
+    command += ["--train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+    command += ["--max_train_steps", str(REFINER_STEPS), "--validation_steps", "125", "--checkpoints_total_limit", "2"]
+    command += ["--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"]
+    command += ["--cond_loss_weight", "0", "--windows_per_item", "4", "--cache_latents", str(places.run / "cache")]
+    return command + REFINER_SAMPLING
+
+
+def refiner_repair(places: Places) -> list[str]:
+    command = [sys.executable, str(ROOT / "gaussian_refiner" / "infer.py")]
+    command += ["--pretrained_model_name_or_path", str(places.run / "export")]
+    command += ["--input", "example_kitti.json", "--output", str(places.result)]
+    return command + REFINER_SAMPLING
+
+
+def refiner_pictures(places: Places) -> list[Pictures]:
+    folder = places.run / "validation"
+    first, last = folder / "step-000000", folder / f"step-{REFINER_STEPS:06d}"
+    rows = [
+        [
+            last / f"{item:03d}-render.png",
+            first / f"{item:03d}-repaired.png",
+            last / f"{item:03d}-repaired.png",
+            last / f"{item:03d}-gt.png",
+            last / f"{item:03d}-cond.png",
+        ]
+        for item in REFINER_SHOWN_ITEMS
+    ]
+    headings = (
+        "render (input)",
+        "repaired, step 0",
+        f"repaired, step {REFINER_STEPS}",
+        "target",
+        "other camera (input)",
+    )
+    windows = Pictures(f"Held-out items, windows of {REFINER_HEIGHT_PX} px", headings, rows)
+    pairs = json.loads((places.data / "example_kitti.json").read_text())
+    rows = [
+        [places.data / pairs["render"][item], places.result / f"{item:06d}_{item:04d}.png"]
+        + [places.data / pairs[kind][item] for kind in ("gt", "cond")]
+        for item in (len(pairs["render"]) - 10 + shown for shown in REFINER_SHOWN_ITEMS[:2])
+    ]
+    headings = ("render", "repaired", "target", "other camera")
+    return [windows, Pictures("Whole images, repaired by infer.py with the exported weights", headings, rows)]
+
+
+REFINER = Demo(
+    trainer="gaussian_refiner",
+    title="gaussian_refiner: repair of 3D-Gaussian renders",
+    explanation=(
+        "A UNet with the layout of SD2.1-unCLIP's, but 0.2 million random weights instead of 870 million pretrained "
+        "ones, learns from 38 pairs to repair renders, and is measured on 10 held-out ones. Sampling starts from the "
+        "half noised render, so that even random weights leave traces of it. The VAE is a miniature too, fitted in "
+        "seconds, and loses detail: the ceiling is the PSNR of the target itself after that VAE. The PSNR is meant to "
+        "rise from step 0 towards the ceiling. It stays below that of the untouched render: in some minutes this "
+        "network learns to copy the render through the VAE, not to repair it."
+    ),
+    train=refiner_training,
+    use=refiner_repair,
+    steps=REFINER_STEPS,
+    interrupt_after_steps=200,
+    metric=Metric("psnr", "PSNR (dB)", {"psnr_render": "untouched render", "psnr_vae": "VAE's ceiling"}),
+    pictures=refiner_pictures,
+    written=lambda places: {
+        "losses and metrics, one line per step": places.run / "metrics.jsonl",
+        "settings": places.run / "config.yaml",
+        "checkpoints": places.run / f"checkpoint-{REFINER_STEPS}",
+        "pictures of every validation": places.run / "validation",
+        "trained pipeline": places.run / "export",
+        "encoded windows": places.run / "cache",
+        "repaired images and metrics.json": places.result,
+    },
+    checkpoint_flags=("--vae_fit_steps", "400"),
+    shown_lines_of_use=14,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEMOS = (REFINER,)
+
+
+def run_demo(demo: Demo, output: Path) -> Part:
+    """Data, checkpoint, training up to an interruption, the rest of training, use; StepFailed where one goes wrong."""
+    places = Places(
+        data=output / "data" / demo.trainer,
+        checkpoint=output / "checkpoints" / demo.trainer,
+        run=output / demo.trainer / "run",
+        result=output / demo.trainer / "result",
+    )
+    make = [sys.executable, str(ROOT / "scripts" / "make_demo_data.py"), "--output", str(output / "data")]
+    commands = [run_step("demo data", [*make, "--only", demo.trainer], ROOT, output, demo)]
+    make = [sys.executable, str(ROOT / "scripts" / "make_tiny_checkpoints.py"), "--output", str(output / "checkpoints")]
+    command = [*make, "--only", demo.trainer, *demo.checkpoint_flags]
+    commands.append(run_step("tiny checkpoint", command, ROOT, output, demo))
+    train = demo.train(places)
+    interrupted, saved_at = run_until_interrupted(demo, train, places, output)
+    commands.append(interrupted)
+    resume = [*train, "--resume_from_checkpoint", "latest"]
+    commands.append(run_step("resume", resume, places.data, output, demo, progress=places.run))
+    commands.append(run_step("use", demo.use(places), places.data, output, demo, show=demo.shown_lines_of_use))
+    return Part(
+        trainer=demo.trainer,
+        title=demo.title,
+        explanation=demo.explanation,
+        run_dir=places.run,
+        metric=demo.metric,
+        commands=commands,
+        interrupted_at=saved_at,
+        pictures=demo.pictures(places),
+        written=demo.written(places),
+    )
+
+
+def run_until_interrupted(demo: Demo, command: list[str], places: Places, output: Path) -> tuple[Command, int]:
+    """Trains, sends SIGTERM after some steps, and finds the checkpoint; returns the command and the step it is of."""
+
+    def interrupt(process: subprocess.Popen, step: int) -> bool:
+        if step < demo.interrupt_after_steps:
+            return False
+        # `accelerate launch` keeps a signal to itself: the training process is its child.
+        for child in psutil.Process(process.pid).children():
+            child.terminate()
+        print(f"    SIGTERM at step {step}", flush=True)
+        return True
+
+    done = run_step("train", command, places.data, output, demo, progress=places.run, act=interrupt)
+    checkpoints = sorted(places.run.glob("checkpoint-*"))
+    if len(checkpoints) != 1 or (places.run / "export").exists():
+        found = ", ".join(path.name for path in checkpoints) or "none"
+        raise StepFailed(f"after SIGTERM one checkpoint and no export were expected in {places.run}; found {found}", 1)
+    step = int(checkpoints[0].name.split("-")[1])
+    note = f"stopped by SIGTERM, saved {checkpoints[0].name}, exit status 0"
+    return Command(done.title, done.line, done.folder, done.seconds, note), step
+
+
+def run_step(
+    title: str,
+    command: Sequence[str],
+    folder: Path,
+    output: Path,
+    demo: Demo,
+    *,
+    progress: Path | None = None,
+    act: Callable[[subprocess.Popen, int], bool] | None = None,
+    show: int = 0,
+) -> Command:
+    """Runs a command to its end, its output in a log file; StepFailed with its last lines unless it exits with 0.
+
+    Args:
+        progress: a run folder whose losses are shown while the command runs.
+        act: called with the process and the step reached, until it returns True.
+        show: so many last lines of the output are printed.
+    """
+    log = output / demo.trainer / "logs" / f"{title.replace(' ', '_')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    line = readable(command, folder)
+    print(f"  {title}:\n{wrapped(line, indent='    ')}", flush=True)
+    started, shown, acted = time.monotonic(), 0, act is None
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_S)
+                latest = last_training_record(progress) if progress else None
+                if latest and latest["step"] >= shown + demo.steps // 10:
+                    shown = latest["step"]
+                    print(f"    step {shown} of {demo.steps}, loss {latest['loss']:.3f}", flush=True)
+                if not acted and latest:
+                    acted = act(process, latest["step"])
+        finally:
+            end(process)
+    seconds = time.monotonic() - started
+    if process.returncode != 0:
+        message = f"{demo.trainer}, {title}: exit status {process.returncode}; the end of {log}:\n"
+        message += last_lines(log, SHOWN_LINES)
+        raise StepFailed(message, process.returncode)
+    if show:
+        print(last_lines(log, show))
+    print(f"    done in {seconds:.0f} s", flush=True)
+    return Command(title, line, folder.relative_to(ROOT), seconds)
+
+
+def last_lines(log: Path, count: int) -> str:
+    """The end of a command's output, indented; what a progress bar wrote over is left out."""
+    lines = [line.rsplit("\r", 1)[-1] for line in log.read_text(errors="replace").splitlines()]
+    return "\n".join(f"    {line}" for line in lines[-count:])
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends what a demo that is itself interrupted left behind; nothing if it has ended by itself."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def last_training_record(run_dir: Path) -> dict | None:
+    """The newest line about a training step, if there is one yet; a line that is being written is left out."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+    training = [record for record in records if record["kind"] == "train" and record["loss"] is not None]
+    return training[-1] if training else None
+
+
+def readable(command: Sequence[str], folder: Path) -> str:
+    """The command as one would type it in `folder` with the environment activated."""
+    shown = []
+    for part in command:
+        path = Path(part)
+        if path.parent == BIN:
+            shown.append("python" if part == sys.executable else path.name)
+        elif path.is_relative_to(ROOT):
+            shown.append(os.path.relpath(path, folder))
+        else:
+            shown.append(part)
+    return shlex.join(shown)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the chosen demos, prints the summary and writes the report. Exits with the status of a step that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [demo.trainer for demo in DEMOS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="TRAINER")
+    chosen = parser.parse_args(argv).only
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir(parents=True)
+    started, parts = time.monotonic(), []
+    for demo in DEMOS:
+        if demo.trainer in chosen:
+            print(demo.title, flush=True)
+            try:
+                parts.append(run_demo(demo, OUTPUT))
+            except StepFailed as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(error.exit_status if error.exit_status > 0 else 1)
+    minutes = (time.monotonic() - started) / 60
+    facts = [
+        f"{datetime.now():%Y-%m-%d %H:%M}, {minutes:.1f} minutes, {os.cpu_count()} CPU cores ({platform.machine()}), "
+        f"Python {platform.python_version()}, torch {torch.__version__}",
+        "Random miniatures of the networks on a few photographs: that the trainers work, not what they can do.",
+    ]
+    write_report(OUTPUT / "report.html", "Demo of the trainers", facts, parts)
+    print(f"\n{text_table([summary_cells(part) for part in parts])}\n")
+    for part in parts:
+        print(f"{part.trainer} wrote:")
+        print("".join(f"  {what}: {path}\n" for what, path in part.written.items()), end="")
+    print(f"report: {OUTPUT / 'report.html'} ({minutes:.1f} minutes in all)")
+
+
+if __name__ == "__main__":
+    main()
