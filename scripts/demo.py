@@ -122,7 +122,7 @@ def refiner_pictures(places: Places) -> list[Pictures]:
         "repaired, step 0",
         f"repaired, step {REFINER_STEPS}",
         "target",
-        "other camera (input)",
+        "other view (input)",
     )
     windows = Pictures(f"Held-out items, windows of {REFINER_HEIGHT_PX} px", headings, rows)
     pairs = json.loads((places.data / "example_kitti.json").read_text())
@@ -131,7 +131,7 @@ def refiner_pictures(places: Places) -> list[Pictures]:
         + [places.data / pairs[kind][item] for kind in ("gt", "cond")]
         for item in (len(pairs["render"]) - 10 + shown for shown in REFINER_SHOWN_ITEMS[:2])
     ]
-    headings = ("render", "repaired", "target", "other camera")
+    headings = ("render", "repaired", "target", "other view")
     return [windows, Pictures("Whole images, repaired by infer.py with the exported weights", headings, rows)]
 
 
@@ -274,7 +274,8 @@ def run_step(
 
 def last_lines(log: Path, count: int) -> str:
     """The end of a command's output, indented; what a progress bar wrote over is left out."""
-    lines = [line.rsplit("\r", 1)[-1] for line in log.read_text(errors="replace").splitlines()]
+    text = log.read_bytes().decode(errors="replace").rstrip()
+    lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
     return "\n".join(f"    {line}" for line in lines[-count:])
 
 
@@ -316,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [demo.trainer for demo in DEMOS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="TRAINER")
     chosen = parser.parse_args(argv).only
-    shutil.rmtree(OUTPUT, ignore_errors=True)
+    if OUTPUT.exists():
+        shutil.rmtree(OUTPUT)
     OUTPUT.mkdir(parents=True)
     started, parts = time.monotonic(), []
     for demo in DEMOS:

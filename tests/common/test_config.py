@@ -673,8 +673,20 @@ def test_a_printed_configuration_can_be_fed_back(in_yaml, capsys: pytest.Capture
     assert parse(in_yaml(capsys.readouterr().out)) == parse(*argv)
 
 
-def test_a_printed_dollar_can_be_fed_back(in_yaml) -> None:
-    config = parse("--output_dir", "${x}")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${x}",
+        "a${x}b${y}",
+        "$x",
+        pytest.param(
+            "\\${x}",
+            marks=pytest.mark.xfail(strict=True, reason="a backslash before it is not doubled: it escapes ours"),
+        ),
+    ],
+)
+def test_a_printed_dollar_can_be_fed_back(in_yaml, text: str) -> None:
+    config = parse("--output_dir", text, "--folders", text)
     assert parse(in_yaml(to_yaml(config))) == config
 
 

@@ -5,8 +5,10 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from common import loop
-from common.data import SampleLoader, SamplePlan, collate, draw_integers, draw_normal, draw_uniform, rng_for
+from common.data import Fetcher, SampleLoader, SamplePlan, collate, draw_integers, draw_normal, draw_uniform, rng_for
 
 # Draws ----------------------------------------------------------------------------------------------------------------
 
@@ -309,6 +311,94 @@ def test_workers_leave_signals_to_the_main_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SIGNALLED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "read 80\nended\n"), done.stderr
+
+
+DEADLY = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from common.data import Fetcher, SampleLoader, SamplePlan
+
+class Source:
+    def __len__(self):
+        return 10
+
+    def files_of(self, index):
+        return [Path(f"{index}.bin")]
+
+    def sample(self, index, rng):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 5:
+            time.sleep(1000)
+        if index == 7:
+            raise OSError("damaged")
+        return {"x": np.zeros(2)}
+
+settings = {"rank": 0, "world_size": 1, "bad_samples_path": Path("bad.jsonl"), "max_bad_fraction": 0.3}
+plan = SamplePlan(10, 0, 2)
+loader = SampleLoader(Source(), plan, micro_batch=2, num_workers=2, sample_timeout_s=1, **settings)
+fetcher = Fetcher(loader.batches(0, 10))
+for _ in range(10):
+    batch = fetcher.next(lambda: False)
+    print(batch["sample_number"].tolist(), batch["item"].tolist(), flush=True)
+fetcher.close()
+fetcher._thread.join(10)  # a thread that is still ending torch's processes may abort the interpreter's end
+print(sorted(loader.bad_items), loader.too_many_bad)
+"""
+
+
+def test_items_that_kill_or_hang_their_process_are_replaced(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DEADLY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *batches, last = done.stdout.splitlines()
+    plan = SamplePlan(10, 0, 2)
+    expected = []
+    for number, item in enumerate(items(plan, 10)):
+        attempt = 0
+        while item in (3, 5, 7):
+            item, attempt = plan.replacement(item, number, attempt), attempt + 1
+        expected.append(item)
+    assert batches == [f"[{n}, {n + 1}] {expected[n : n + 2]}" for n in range(0, 20, 2)]
+    assert last == "[3, 5, 7] False"
+    records = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert sorted((r["item"], r["files"], r["reason"]) for r in records) == [
+        (3, ["3.bin"], "reading it ends the process with SIGKILL"),
+        (5, ["5.bin"], "reading it takes more than data.sample_timeout_s (1 s)"),
+        (7, ["7.bin"], "OSError: damaged"),
+    ]
+
+
+def test_a_fetcher_hands_on_batches_and_errors_in_order() -> None:
+    def batches() -> Iterator[dict[str, Any]]:
+        yield {"n": 1}
+        yield {"n": 2}
+        raise ValueError("the third cannot be read")
+
+    fetcher = Fetcher(batches())
+    assert [fetcher.next(lambda: False), fetcher.next(lambda: False)] == [{"n": 1}, {"n": 2}]
+    with pytest.raises(ValueError, match="^the third cannot be read$"):
+        fetcher.next(lambda: False)
+
+
+def test_a_fetcher_may_be_given_up_and_closed() -> None:
+    closed, go_on = threading.Event(), threading.Event()
+
+    def batches() -> Iterator[dict[str, Any]]:
+        try:
+            go_on.wait(10)
+            for number in range(1000):
+                yield {"n": number}
+        finally:
+            closed.set()
+
+    fetcher = Fetcher(batches())
+    assert fetcher.next(lambda: True) is None
+    go_on.set()
+    assert fetcher.next(lambda: False) == {"n": 0}
+    fetcher.close()
+    assert closed.wait(5)  # the loader's processes end with it
 
 
 def test_bad_samples_are_replaced_and_recorded_once(tmp_path: Path) -> None:

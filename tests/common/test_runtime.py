@@ -26,8 +26,10 @@ from common.runtime import (
     clear_errors,
     quiet_libraries,
     require_shared_folder,
+    seconds_of,
     seed_model_randomness,
     start,
+    stop_signal,
     versions,
     weight_dtype,
 )
@@ -315,6 +317,81 @@ def test_a_second_signal_may_be_another_one(monkeypatch: pytest.MonkeyPatch) -> 
     signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGTERM)
     assert sent == [signal.SIGTERM]
+
+
+def test_the_time_of_a_run_may_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(subject, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    stop, unlimited = stop_signal(ALONE, RunConfig(max_train_time="1:30")), stop_signal(ALONE, RunConfig())
+    now[0] = 190.0
+    assert not stop.is_wanted
+    now[0] = 190.1
+    assert stop.is_wanted and stop.received == "max_train_time" and not unlimited.is_wanted
+    assert stop.agreed(True) and not stop.agreed(False) and stop.gathered(2.5) == [2.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("0.5", 0.5),
+        ("1:30", 90),
+        ("01:02:03", 3723),
+        ("2-01:02:03", 2 * 86400 + 3723),
+        ("1-00:00:00", 86400),
+        ("0", 0),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "soon",
+        "1:2:3:4",
+        "-5",
+        "1:-5",
+        "a-00:00:01",
+        "1-",
+        "1h",
+        pytest.param("nan", marks=pytest.mark.xfail(strict=True, reason="not a number is a duration that never ends")),
+        pytest.param("1-12", marks=pytest.mark.xfail(strict=True, reason="Slurm's days-hours: hours become seconds")),
+        pytest.param(
+            "1-12:30", marks=pytest.mark.xfail(strict=True, reason="Slurm's days-hours:minutes, taken for M:S")
+        ),
+    ],
+)
+def test_durations_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        seconds_of(text)
+    assert str(raised.value) == f"{text!r} is no duration: write seconds, MM:SS, HH:MM:SS or D-HH:MM:SS"
+
+
+@pytest.mark.parametrize(("count", "num_processes"), [(0, 1), (5, 1), (7, 3), (6, 3), (2, 4)])
+def test_work_is_shared(count: int, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, rounds = [], []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: "group")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flags, operation, group: rounds.append(len(parts)))
+    for rank in range(num_processes):
+        stop = StopSignal(SimpleNamespace(process_index=rank, num_processes=num_processes))  # type: ignore[arg-type]
+        parts.append(list(stop.share(count)))
+    assert parts == [list(range(rank, count, num_processes)) for rank in range(num_processes)]
+    if num_processes > 1:  # all take part in as many reductions, or they would wait for each other for ever
+        assert {rounds.count(rank) for rank in range(num_processes)} == {-(-count // num_processes)}
+
+
+def test_shared_work_stops_where_it_is(capsys: pytest.CaptureFixture) -> None:
+    stop, done = StopSignal(ALONE), []
+    with pytest.raises(SystemExit) as ended, clear_errors():
+        for index in stop.share(10):
+            done.append(index)
+            if index == 3:
+                signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 0 and done == [0, 1, 2, 3]
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped before the first step: SIGTERM"
 
 
 # The shared folder ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """A whole trainer in miniature, on everything of `common`: what the tests of the loop start as processes."""
 
+import os
+import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from common.config import (
 )
 from common.data import SamplePlan, draw_normal
 from common.optim import EMA, Learner, build_adamw, lr_schedule
+from common.replay import replay
 
 WIDTH, NUM_ITEMS = 16, 21
 
@@ -28,6 +32,9 @@ WIDTH, NUM_ITEMS = 16, 21
 @dataclass(frozen=True, kw_only=True)
 class TinyData(DataConfig):
     bad_items: tuple[int, ...] = option((), "items that cannot be read")
+    fatal_items: tuple[int, ...] = option((), "items that kill the process that reads them")
+    hanging_items: tuple[int, ...] = option((), "items that never return")
+    fatal_step: int | None = option(None, "step in which the process of rank 1 is killed")
     nan_samples: tuple[int, ...] = option((), "sample numbers whose loss is not a number")
 
 
@@ -44,8 +51,8 @@ class TinyConfig:
 class Source:
     """Items are vectors; two groups of unequal size, as aspect buckets would be."""
 
-    def __init__(self, bad_items: tuple[int, ...]):
-        self.bad_items = bad_items
+    def __init__(self, data: TinyData):
+        self.data = data
 
     def __len__(self) -> int:
         return NUM_ITEMS
@@ -57,7 +64,11 @@ class Source:
         return [Path(f"item-{index}.bin")]
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, object]:
-        if index in self.bad_items:
+        if index in self.data.fatal_items:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while index in self.data.hanging_items:
+            time.sleep(1)
+        if index in self.data.bad_items:
             raise ValueError(f"item-{index}.bin is damaged")
         x = np.cos(np.arange(WIDTH, dtype=np.float32) * (index + 1)) + rng.normal(0, 0.1, WIDTH).astype(np.float32)
         return {"x": x, "group": self.group_of(index)}
@@ -80,6 +91,9 @@ class TinyTask:
 
     def training_step(self, batch: dict, step: int) -> loop.StepOutput:
         numbers = batch["sample_number"].tolist()
+        if (step, self.accelerator.process_index) == (self.config.data.fatal_step, 1):
+            time.sleep(2)  # long enough to be written down by the watch
+            os.kill(os.getpid(), signal.SIGKILL)
         assert len(set(batch["group"])) == 1, f"step {step} mixes groups {batch['group']}"
         noise = draw_normal(self.config.run.seed, "noise", numbers, (WIDTH,)).to(batch["x"].device)
         with open(self.seen, "a") as file:
@@ -105,10 +119,11 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: TinyConfig) -> None:
+    config = loop.aside_if_replaying(config)
     accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
     stop = runtime.stop_signal(accelerator, config.run)
     output_dir, rank = Path(config.run.output_dir), accelerator.process_index
-    source = Source(config.data.bad_items)
+    source = Source(config.data)
     global_batch = loop.batch_of(accelerator, config)
     loop.require_enough_items(len(source), config.data.batch_size, accelerator.num_processes)
     groups = [source.group_of(i) for i in range(len(source))]
@@ -137,7 +152,10 @@ def train(config: TinyConfig) -> None:
     )
     task = TinyTask(config, accelerator, model, bare, output_dir / f"seen-{rank}.txt")
     loader = loop.open_loader(run, source, plan)
-    loop.fit(run, task, loader, learners)
+    if config.run.replay:
+        replay(run, task, loader, Path(config.run.replay))
+    else:
+        loop.fit(run, task, loader, learners)
     run.end()
 
 

@@ -1,0 +1,99 @@
+"""What guards a run: time limits, the watchdog, loader processes that die or hang, replay of a non-finite step."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from processes import metrics, run, seen
+
+from common.runtime import seconds_of
+from common.watch import Watch
+
+
+def test_the_time_limit_saves_and_ends_with_status_0(tmp_path: Path) -> None:
+    flags = ("--batch_size", "2", "--max_train_steps", "1000000", "--checkpointing_steps", "1000000")
+    output = run(tmp_path / "run", *flags, "--max_train_time", "2")
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert metrics(tmp_path / "run")[-1]["step"] == step > 0
+    assert f"stopped after step {step}; continue with --resume_from_checkpoint latest" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("1:30", 90), ("0:01:30.5", 90.5), ("1-00:00:01", 86401), ("2-3", 172803)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "-5", "x-1:00", "1:-2"])
+def test_durations_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration: write seconds, MM:SS, HH:MM:SS or D-HH:MM:SS"):
+        seconds_of(text)
+
+
+def test_a_dead_process_is_named_by_the_others(tmp_path: Path) -> None:
+    started = time.monotonic()
+    flags = ("--batch_size", "1", "--max_train_steps", "1000", "--fatal_step", "30")
+    output = run(tmp_path / "run", *flags, processes=2, status=1)
+    assert time.monotonic() - started < 60
+    dead = [line for line in output.splitlines() if " is gone (last heard of " in line]
+    assert dead and dead[0].startswith("[rank 0] error: rank 1 (process "), output
+    assert "in phase forward of step 30, samples 61 to 61 is gone" in dead[0]
+    assert "continue with --resume_from_checkpoint latest" in dead[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_that_hangs_is_named(tmp_path: Path, processes: int) -> None:
+    flags = ("--batch_size", "1", "--max_train_steps", "1000", "data.hanging_items=[4]", "--hang_timeout_s", "2")
+    output = run(tmp_path / "run", *flags, processes=processes, status=1)
+    stuck = [line for line in output.splitlines() if "has not moved for" in line]
+    assert stuck and "in phase data of step" in stuck[0] and "run.hang_timeout_s is 2" in stuck[0], output
+
+
+def test_a_watch_knows_who_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = Watch(tmp_path, "token", 0, 2, hang_timeout_s=0.2)
+    behind = Watch(tmp_path, "token", 1, 2, hang_timeout_s=0.2)
+    other_start = Watch(tmp_path / "else", "token", 1, 2, hang_timeout_s=0.2)
+    try:
+        with behind.phase("backward", step=7, samples=[14, 15]):
+            behind._write()
+            with ahead.phase("collective", step=7), ahead.phase("collective"):
+                assert ahead.lost_peer() is None
+                time.sleep(0.3)
+                lost = ahead.lost_peer()
+        assert lost is not None and lost.startswith("rank 1 (process ")
+        assert "in phase backward of step 7, samples 14 to 15 has not moved for 0 s" in lost
+        assert ahead.take_seconds().keys() == {"collective"} and ahead.take_seconds() == {}
+    finally:
+        for watch in (ahead, behind, other_start):
+            watch.end()
+    assert ahead.lost_peer() is None
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("data.fatal_items=[4]", "ends the process with SIGKILL"), ("data.hanging_items=[4]", "takes more than")],
+)
+def test_items_that_kill_or_hang_a_loader_process_are_replaced(tmp_path: Path, option: str, reason: str) -> None:
+    flags = ("--max_train_steps", "6", "--max_bad_fraction", "0.2", "--batch_size", "4")
+    workers = ("--num_workers", "1", "--sample_timeout_s", "1")
+    run(tmp_path / "run", *flags, *workers, option)
+    (record,) = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert record["item"] == 4 and reason in record["reason"] and record["files"] == ["item-4.bin"]
+    run(tmp_path / "plain", *flags, "data.bad_items=[4]")
+    assert seen(tmp_path / "run") == seen(tmp_path / "plain")  # replaced as an unreadable one is
+
+
+def test_a_nonfinite_step_can_be_replayed(tmp_path: Path) -> None:
+    flags = ("--batch_size", "2", "--max_train_steps", "4", "--max_nonfinite_steps", "0", "data.nan_samples=[5]")
+    output = run(tmp_path / "run", *flags, status=1)
+    record = tmp_path / "run" / "nonfinite" / "step-2" / "record.json"
+    assert f"--replay {record} shows where it begins" in output
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    output = run(tmp_path / "run", *flags, "--replay", str(record))
+    assert "samples [4, 5]" in output and "it begins in the loss itself: every module's output is finite" in output
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != "replay") == before
+    output = run(tmp_path / "run", *flags, "--replay", str(tmp_path / "nothing.json"), status=1)
+    assert "there is no such file; records are in nonfinite/step-*/record.json" in output

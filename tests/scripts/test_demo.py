@@ -1,0 +1,259 @@
+"""The demo's report, its summary, and what happens when a step fails or is interrupted; the demo itself is not run."""
+
+import json
+import re
+import shlex
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import demo
+import numpy as np
+import pytest
+import report
+from PIL import Image
+
+METRIC = report.Metric("psnr", "PSNR (dB)", {"psnr_render": "render's own", "psnr_vae": "ceiling"})
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> report.Part:
+    """A run of 60 steps whose loss falls from 2 to 1, stopped once after step 30, two validations, a picture."""
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"step": 0, "kind": "validation", "psnr": 10.0, "psnr_render": 20.5, "psnr_vae": 21.0}]
+    for step in range(1, 61):
+        loss = None if step == 40 else 2.0 if step <= 30 else 1.0
+        lines.append({"step": step, "kind": "train", "loss": loss, "step_s": 0.25 if step > 1 else 9.0})
+    lines.append({"step": 60, "kind": "validation", "psnr": 15.5, "psnr_render": 20.5, "psnr_vae": 21.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(run / "a.png")
+    return report.Part(
+        trainer="toy",
+        title="toy <trainer>",
+        explanation="It learns & is measured.",
+        run_dir=run,
+        metric=METRIC,
+        commands=[report.Command("train", "train --steps 60 --name 'a b'", Path("data"), 12.4, "exit status 0")],
+        interrupted_at=30,
+        pictures=[report.Pictures("Pictures", ("before", "after"), [[run / "a.png", run / "a.png"]])],
+        written={"metrics": run / "metrics.jsonl"},
+    )
+
+
+def test_summary_is_read_from_the_run(part: report.Part) -> None:
+    assert report.summarise(part.run_dir, METRIC) == report.Summary(
+        steps=60,
+        first_loss=2.0,
+        last_loss=1.0,
+        before=10.0,
+        after=15.5,
+        landmarks={"render's own": 20.5, "ceiling": 21.0},
+        step_s=0.25,
+    )
+
+
+def test_summary_on_the_terminal(part: report.Part) -> None:
+    assert report.text_table([report.summary_cells(part), {"trainer": "other", "steps": "7"}]).splitlines() == [
+        "trainer  steps  loss, first  loss, last  held-out   before  after  render's own  ceiling  s/step",
+        "-------  -----  -----------  ----------  ---------  ------  -----  ------------  -------  ------",
+        "toy      60     2.000        1.000       PSNR (dB)  10.00   15.50  20.50         21.00    0.25",
+        "other    7",
+    ]
+
+
+def test_a_run_without_validation_is_named(part: report.Part) -> None:
+    path = part.run_dir / "metrics.jsonl"
+    path.write_text(path.read_text().replace("validation", "something"))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} holds no lines of kind 'validation'"):
+        report.summarise(part.run_dir, METRIC)
+
+
+class Page(HTMLParser):
+    """What a page loads, links to and says, and whether every element is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.loads, self.links, self.words = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img", "br", "link", "path", "circle", "polyline"):
+            self.open.append(tag)
+        named = dict(attributes)
+        self.loads += [named[name] for name in ("src", "srcset", "data") if name in named]
+        self.links += [named["href"]] if "href" in named else []
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_stands_alone(part: report.Part, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    report.write_report(path, "Demo", ["2 cores"], [part])
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.loads) == 2 and all(source.startswith("data:image/png;base64,") for source in page.loads)
+    assert page.links == ["run/metrics.jsonl"]
+    assert "<script" not in text and "http" not in text and "@import" not in text and "url(" not in text
+    said = " ".join(page.words)
+    for words in ("toy <trainer>", "It learns & is measured.", "2 cores", "before", "12 s, exit status 0"):
+        assert words in said
+    assert "cd data\ntrain --steps 60 --name 'a b'" in said
+
+
+def test_the_charts_show_the_numbers(part: report.Part, tmp_path: Path) -> None:
+    report.write_report(tmp_path / "report.html", "Demo", [], [part])
+    loss, metric = map(
+        ElementTree.fromstring, re.findall(r"<svg.*?</svg>", (tmp_path / "report.html").read_text(), re.S)
+    )
+    raw, smooth = (line.get("points").split() for line in loss.iter("polyline"))
+    assert len(raw) == len(smooth) == 59  # the step without a finite loss is left out
+    assert len(list(metric.iter("circle"))) == 2
+    labels = [text.text for text in metric.iter("text")]
+    assert {"render's own 20.5", "ceiling 21.0", "PSNR (dB)", "optimizer step"} <= set(labels)
+    assert "SIGTERM, resumed" in [text.text for text in loss.iter("text")]
+    # Equal losses are drawn at equal heights, half the loss at half the height above zero.
+    heights = {point.split(",")[1] for point in raw}
+    assert len(heights) == 2
+    top, bottom = sorted(float(height) for height in heights)
+    zero = next(float(t.get("y")) - 4 for t in loss.iter("text") if t.text == "1")
+    assert bottom == pytest.approx(zero, abs=0.11) and top < bottom
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (13.4, 21.2, [12, 14, 16, 18, 20, 22]),
+        (0, 500, [0, 100, 200, 300, 400, 500]),
+        (-0.03, 0.02, [-0.03, -0.02, -0.01, 0, 0.01, 0.02]),
+        (3.0, 3.0, [2.4, 2.6, 2.8, 3, 3.2, 3.4, 3.6]),
+    ],
+)
+def test_ticks_are_round_and_span_the_values(low: float, high: float, expected: list[float]) -> None:
+    assert report.ticks(low, high) == pytest.approx(expected)
+
+
+def test_running_mean_and_spread() -> None:
+    assert report.running_mean([4, 2, 0, 6], 2) == [4, 3, 1, 3]
+    assert report.spread([10, 12, 11, 60], 15) == [10, 40, 25, 60]
+
+
+@pytest.mark.parametrize("flags", [3, 40])
+def test_wrapped_commands_are_the_same_to_a_shell(flags: int) -> None:
+    words = ["run", "x.py", *(word for n in range(flags) for word in (f"--flag_{n}", f"a value {n}"))]
+    line = report.wrapped(shlex.join(words), indent="  ")
+    assert shlex.split(line.replace("\\\n", "")) == words
+    assert max(map(len, line.splitlines())) <= report.COMMAND_COLUMNS + 4
+
+
+# Running the steps ----------------------------------------------------------------------------------------------------
+
+TRAIN = """
+import json, pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[1])
+run.mkdir(parents=True)
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+for step in range(1, 1000):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "kind": "train", "loss": 1 / step}) + "\\n")
+    if stop:
+        if len(sys.argv) == 2:
+            (run / f"checkpoint-{step}").mkdir()
+        sys.exit(0)
+    time.sleep(0.02)
+"""
+LAUNCH = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> demo.Demo:
+    """A demo whose trainer only counts, in a repository of its own."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "runs" / "demo")
+    monkeypatch.setattr(demo, "POLL_S", 0.05)
+    launcher = [sys.executable, str(tmp_path / "launch.py"), str(tmp_path / "train.py")]
+    return demo.Demo(
+        trainer="toy",
+        title="toy",
+        explanation="",
+        train=lambda places: [*launcher, str(places.run)],
+        use=lambda places: [],
+        steps=20,
+        interrupt_after_steps=4,
+        metric=METRIC,
+        pictures=lambda places: [],
+        written=lambda places: {},
+    )
+
+
+def places(folder: Path) -> demo.Places:
+    return demo.Places(data=folder, checkpoint=folder, run=folder / "run", result=folder)
+
+
+def test_training_is_interrupted_and_its_checkpoint_found(
+    toy: demo.Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = places(tmp_path)
+    command, step = demo.run_until_interrupted(toy, toy.train(where), where, tmp_path)
+    assert 4 <= step < 999
+    assert (where.run / f"checkpoint-{step}").is_dir()
+    assert command.note == f"stopped by SIGTERM, saved checkpoint-{step}, exit status 0"
+    assert command.line == "python launch.py train.py run"
+    assert re.search(r"step \d+ of 20, loss 0\.\d{3}\n.*SIGTERM at step \d+", capsys.readouterr().out, re.S)
+
+
+def test_an_interruption_that_saves_nothing_is_a_failure(toy: demo.Demo, tmp_path: Path) -> None:
+    where = places(tmp_path)
+    with pytest.raises(demo.StepFailed, match="one checkpoint and no export were expected in .*run; found none"):
+        demo.run_until_interrupted(toy, [*toy.train(where), "do not save"], where, tmp_path)
+
+
+def test_a_step_that_fails_shows_its_end_and_its_status(toy: demo.Demo, tmp_path: Path) -> None:
+    code = "import sys; [print('line', n) for n in range(50)]; print('0%\\r50%\\r100%'); sys.exit(7)"
+    with pytest.raises(demo.StepFailed) as caught:
+        demo.run_step("use", [sys.executable, "-c", code], tmp_path, tmp_path, toy)
+    message = str(caught.value)
+    log = tmp_path / "toy" / "logs" / "use.log"
+    assert caught.value.exit_status == 7 and message.startswith(f"toy, use: exit status 7; the end of {log}:\n")
+    assert message.splitlines()[1:] == [f"    line {n}" for n in range(21, 50)] + ["    100%"]
+
+
+def test_the_demo_ends_with_the_status_of_the_failed_step(
+    toy: demo.Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "DEMOS", (toy,))
+    old = tmp_path / "runs" / "demo" / "old"
+    old.mkdir(parents=True)
+    with pytest.raises(SystemExit) as caught:  # this repository has no scripts/make_demo_data.py
+        demo.main([])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: toy, demo data: exit status 2") and "make_demo_data.py" in error
+    assert not old.exists()  # what an earlier demo left is replaced
+
+
+def test_every_demo_is_a_trainer_of_the_repository() -> None:
+    for entry in demo.DEMOS:
+        assert (demo.ROOT / entry.trainer / "train.py").is_file()
+        assert 0 < entry.interrupt_after_steps < entry.steps
+    assert [entry.trainer for entry in demo.DEMOS] == ["gaussian_refiner"]
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
+    assert demo.last_training_record(tmp_path) is None
+    whole = json.dumps({"step": 3, "kind": "train", "loss": 0.5}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 4, "kind": "tr')
+    assert demo.last_training_record(tmp_path) == {"step": 3, "kind": "train", "loss": 0.5}
