@@ -230,8 +230,11 @@ def _find(output_dir: Path, wanted: str | None) -> Path | None:
         return None
     if wanted == "latest":
         found = newest_valid(output_dir)
-        if found is None:
-            logger.info("%s holds no whole checkpoint: starting at step 0", output_dir)
+        if found is None and listed(output_dir):
+            raise CheckpointError(
+                f"every checkpoint in {output_dir} is damaged (they are named above): restore one, or start afresh "
+                "with another --output_dir"
+            )
         return found
     candidates = [Path(wanted), output_dir / wanted]
     chosen = next((path for path in candidates if path.is_dir()), None)
@@ -344,8 +347,9 @@ class Checkpoints:
         self.accelerator.step = 0  # accumulation starts anew at every optimizer step, whatever it was before
         self.resumed_from = checkpoint
         if self.accelerator.is_main_process and checkpoint.resolve().parent == self.output_dir.resolve():
+            step = read_state(checkpoint)["step"]  # its name may be another one: `best`, `abandoned-0-checkpoint-5`
             for newer in listed(self.output_dir):
-                if step_of(newer) > step_of(checkpoint):
+                if step_of(newer) > step:
                     self._abandon(newer)
         self.accelerator.wait_for_everyone()
 

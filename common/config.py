@@ -14,6 +14,7 @@ collected and raised together as one `ConfigError`.
 
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -579,7 +580,7 @@ def _escaped(value: Any) -> Any:
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_escaped(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

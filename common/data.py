@@ -404,6 +404,7 @@ class Fetcher:
     def close(self) -> None:
         """Ends the thread; batches that were read ahead are dropped."""
         self._closed.set()
+        self._thread.join(timeout=5)  # torch aborts the process if this thread is ending loader processes at its exit
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:

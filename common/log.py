@@ -43,10 +43,11 @@ class RunLog:
     ):
         self.output_dir, self.is_main = output_dir, is_main
         self.trackers: dict[str, Any] = {}
+        names = _tracker_names(settings.report_to)  # on all processes: a wrong name ends them all
         if is_main:
             logging_dir = output_dir / settings.logging_dir
             flat = {f"{section}.{k}": _plain(v) for section, values in config.items() for k, v in values.items()}
-            for name in _tracker_names(settings.report_to):
+            for name in names:
                 self._start(name, settings.tracker_project_name, logging_dir, flat, (tracker_arguments or {}).get(name))
 
     def _start(self, name: str, project: str, logging_dir: Path, config: dict, arguments: Mapping | None) -> None:

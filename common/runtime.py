@@ -1,6 +1,7 @@
 """Accelerator set-up: processes, precision, seeds, process-group timeout, stop signals."""
 
 import logging
+import math
 import os
 import platform
 import random
@@ -256,7 +257,9 @@ def seconds_of(duration: str) -> float:
     days, dash, clock = duration.rpartition("-")
     try:
         parts = [float(part) for part in clock.split(":")]
-        if not 1 <= len(parts) <= 3 or (dash and not days.isdigit()) or min(parts) < 0:
+        has_days = bool(dash)  # Slurm reads D-HH as days and hours: not to be taken for seconds
+        is_count_right = len(parts) == 3 if has_days else 1 <= len(parts) <= 3
+        if not is_count_right or (has_days and not days.isdigit()) or not all(0 <= part < math.inf for part in parts):
             raise ValueError
     except ValueError:
         raise ValueError(f"{duration!r} is no duration: write seconds, MM:SS, HH:MM:SS or D-HH:MM:SS") from None

@@ -656,7 +656,6 @@ def test_latest_after_going_back(accelerator: Accelerator, tmp_path: Path) -> No
     assert find(accelerator, tmp_path, "latest") == newest
 
 
-@pytest.mark.xfail(strict=True, reason="the step is read off the folder's name, which need not hold one: TypeError")
 @pytest.mark.parametrize("name", ["best", "abandoned-0-checkpoint-5"])
 def test_a_renamed_checkpoint_may_be_resumed_from(accelerator: Accelerator, tmp_path: Path, name: str) -> None:
     run = TinyRun(accelerator, tmp_path)
@@ -714,9 +713,13 @@ def test_a_kill_while_rotating_leaves_a_whole_checkpoint(
     assert finished and call > 4 and kept(output_dir) == [3]
 
 
-def test_logging_of_a_start_without_checkpoints(
+def test_latest_without_whole_checkpoints(
     accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     assert find(accelerator, tmp_path, "latest") is None
-    assert f"{tmp_path} holds no whole checkpoint: starting at step 0" in caplog.messages
+    damaged = make(tmp_path, 5)
+    (damaged / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .*: restore one, or start afresh"):
+        find(accelerator, tmp_path, "latest")
+    assert f"{damaged} is passed over: it has no manifest.json" in caplog.text

@@ -21,13 +21,13 @@ def test_the_time_limit_saves_and_ends_with_status_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("1:30", 90), ("0:01:30.5", 90.5), ("1-00:00:01", 86401), ("2-3", 172803)]
+    ("text", "seconds"), [("90", 90), ("1:30", 90), ("0:01:30.5", 90.5), ("1-00:00:01", 86401), ("2-00:00:03", 172803)]
 )
 def test_durations(text: str, seconds: float) -> None:
     assert seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "-5", "x-1:00", "1:-2"])
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "-5", "x-1:00", "1:-2", "2-3"])
 def test_durations_that_cannot_be_read(text: str) -> None:
     with pytest.raises(ValueError, match="is no duration: write seconds, MM:SS, HH:MM:SS or D-HH:MM:SS"):
         seconds_of(text)
