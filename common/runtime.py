@@ -1,5 +1,6 @@
 """Accelerator set-up: processes, precision, seeds, process-group timeout, stop signals."""
 
+import ctypes
 import logging
 import math
 import os
@@ -34,6 +35,8 @@ from common.data import rng_for
 
 logger = logging.getLogger(__name__)
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed.run")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -57,6 +60,7 @@ def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_param
 
     Accumulation windows never end early, loaders and schedules are ours, `mixed_precision` null obeys the launcher.
     """
+    _end_with_launcher()
     accelerator = Accelerator(
         cpu=_runs_on_cpu(),
         mixed_precision=_precision(run.mixed_precision),
@@ -74,6 +78,18 @@ def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_param
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def _end_with_launcher() -> None:
+    """A launcher that ends takes its processes along: they get SIGTERM, save and stop, instead of going on alone.
+
+    Only for launchers: a shell may well end before what was started from it.
+    """
+    if sys.platform != "linux":
+        return
+    command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    if any(launcher in command for launcher in LAUNCHERS):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _runs_on_cpu() -> bool:

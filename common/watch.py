@@ -80,7 +80,6 @@ class Watch:
         self.seconds: dict[str, float] = {}
         self.failed_phase = ""  # the innermost one that an exception has left
         self._ended = threading.Event()
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         folder.mkdir(parents=True, exist_ok=True)
         self._write()
         threading.Thread(target=self._watch, daemon=True, name="watch").start()
@@ -176,9 +175,6 @@ class Watch:
     def _watch(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
             self._write()
-            if self._launcher not in (None, os.getppid()):
-                print(f"[rank {self.pulse.rank}] error: the launcher is gone, so this process ends", file=sys.stderr)
-                os._exit(EXIT_STATUS)
             lost = self.lost_peer()
             if lost and not self._ended.wait(5 * HEARTBEAT_S) and self.lost_peer():
                 # The main thread has had time to notice by itself; it must be waiting in a collective or be stuck.

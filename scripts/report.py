@@ -42,7 +42,8 @@ svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-
 .pictures td { padding: .25rem .5rem .25rem 0; }
 .pictures img { display: block; width: 100%; max-width: 13rem; border-radius: 3px; }
 code, pre { font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { margin: 0; background: #f4f6f8; padding: .5rem .75rem; border-radius: 4px; overflow-x: auto; }
+pre { margin: 0; background: #f4f6f8; padding: .5rem .75rem; border-radius: 4px;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 a { color: #1f6fb5; }
 .commands td { padding-bottom: .75rem; }
 .commands td:first-child { width: 11rem; }

@@ -1,11 +1,14 @@
 """What guards a run: time limits, the watchdog, loader processes that die or hang, replay of a non-finite step."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from processes import metrics, run, seen
+from processes import command, metrics, run, seen
 
 from common.runtime import seconds_of
 from common.watch import Watch
@@ -50,6 +53,21 @@ def test_a_process_that_hangs_is_named(tmp_path: Path, processes: int) -> None:
     output = run(tmp_path / "run", *flags, processes=processes, status=1)
     stuck = [line for line in output.splitlines() if "has not moved for" in line]
     assert stuck and "in phase data of step" in stuck[0] and "run.hang_timeout_s is 2" in stuck[0], output
+
+
+def test_a_launcher_that_is_stopped_takes_the_run_along(tmp_path: Path) -> None:
+    flags = ("--batch_size", "2", "--max_train_steps", "1000000", "--checkpointing_steps", "1000000")
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1"]
+    process = subprocess.Popen([*launcher, *command(tmp_path / "run", *flags)[1:]], stderr=subprocess.DEVNULL)
+    metrics_path, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not metrics_path.exists():
+        time.sleep(0.1)
+    (child,) = psutil.Process(process.pid).children()
+    process.terminate()  # the launcher itself keeps it to itself
+    process.wait()
+    psutil.wait_procs([child], timeout=60)
+    assert not child.is_running()
+    assert len(list((tmp_path / "run").glob("checkpoint-*/manifest.json"))) == 1
 
 
 def test_a_watch_knows_who_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,255 @@
+"""Tries every item of a data set before it is trained on, and lists the usable ones and what is wrong with the others.
+
+    python scripts/doctor.py pairs data/example_kitti.json --data_root data
+    python scripts/doctor.py videos clips --processes 8 --timeout_s 20
+
+Items are read in processes of their own, so one that crashes or hangs its decoder is found and named like any other.
+Writes to the output folder: results.jsonl (one line per item; a second run only looks at files that are new or have
+changed), allow-list.txt (names of the usable items) and report.json. Exit status: 0 if all items are usable, 1 if some
+are not, 2 for wrong usage, 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from common.doctor import Check, Item, Result, scan
+from common.video import image_size, probe_video, read_frames
+from gaussian_refiner.data import BUCKETS, IMAGE_KEYS, Pair, choose_bucket, load_crops, read_pairs, window_places
+
+SMALLEST_SIDE_PX = 64
+LARGEST_ASPECT_DIFFERENCE = 0.05
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+SHOWN_REASONS = 10
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pairs: the list of gaussian_refiner
+
+
+def list_pairs(path: Path, data_root: Path | None) -> list[Item]:
+    """Every item of both splits; a name that both use gets its split in front. Raises what `read_pairs` raises."""
+    pairs = read_pairs(path, data_root, holdout=0)
+    splits = {"train": pairs.train, "test": pairs.validation}
+    in_both = {pair.name for pair in pairs.train} & {pair.name for pair in pairs.validation}
+    return [
+        Item(f"{split}/{pair.name}" if pair.name in in_both else pair.name, tuple(pair.files), pair)
+        for split, members in splits.items()
+        for pair in members
+    ]
+
+
+def check_pair(pair: Pair) -> None:
+    """Raises ValueError for small or unreadable images, and for a render and a gt that cannot show the same."""
+    paths = {key: getattr(pair, key) for key in IMAGE_KEYS if getattr(pair, key) is not None}
+    sizes_px = {key: image_size(path) for key, path in paths.items()}
+    for key, (width, height) in sizes_px.items():
+        if min(width, height) < SMALLEST_SIDE_PX:
+            raise ValueError(
+                f"{paths[key]}: {key} is {width}x{height} px, but its sides must be at least {SMALLEST_SIDE_PX} px"
+            )
+    render_wh, gt_wh = sizes_px["render"], sizes_px["gt"]
+    render_aspect, gt_aspect = render_wh[0] / render_wh[1], gt_wh[0] / gt_wh[1]
+    difference = max(render_aspect, gt_aspect) / min(render_aspect, gt_aspect) - 1
+    if difference > LARGEST_ASPECT_DIFFERENCE:
+        raise ValueError(
+            f"{paths['gt']}: the aspects of render ({render_wh[0]}x{render_wh[1]} px) and gt ({gt_wh[0]}x{gt_wh[1]} px)"
+            f" differ by {difference:.1%}, but may differ by {LARGEST_ASPECT_DIFFERENCE:.0%} at most"
+        )
+    bucket_wh = BUCKETS[choose_bucket(*render_wh)]
+    load_crops(pair, bucket_wh, window_places(*bucket_wh, 1)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# videos: a folder of clips
+
+
+def list_videos(path: Path, data_root: Path | None) -> list[Item]:
+    """Every clip in a folder and the folders in it, also linked ones, by its path from there.
+
+    Raises ValueError or FileNotFoundError if there is none, and for a `data_root`, which would mean nothing.
+    """
+    if data_root is not None:
+        raise ValueError("--data_root is for pairs; the clips of videos are searched in PATH itself")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder; videos needs the folder that the clips are in")
+    found, visited = [], set()
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        found += [Path(folder, name) for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
+    if not found:
+        raise ValueError(f"{path} holds no clip; looked for *{', *'.join(VIDEO_SUFFIXES)} in it and the folders in it")
+    return [Item(clip.relative_to(path).as_posix(), (clip,), clip) for clip in sorted(found)]
+
+
+def check_video(path: Path) -> None:
+    """Raises ValueError if the clip cannot be probed, or its first, middle or last frame cannot be read."""
+    if "\n" in path.as_posix():
+        raise ValueError(f"{path}: the name holds a line break, which a list of names cannot hold; rename it")
+    last = probe_video(path).num_frames - 1
+    read_frames(path, sorted({0, last // 2, last}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+# One row per kind of data set: what lists its items, (path, data_root) -> items, and what tries one.
+KINDS: dict[str, tuple[Callable[[Path, Path | None], list[Item]], Check]] = {
+    "pairs": (list_pairs, check_pair),
+    "videos": (list_videos, check_video),
+}
+
+Stamp = list[list[Any]]
+
+
+def stamp_of(files: Iterable[Path]) -> Stamp:
+    """[path, size in bytes, time of change in ns] of each file, or [path] for one that is not there."""
+    stamp: Stamp = []
+    for path in files:
+        try:
+            stat = path.stat()
+            stamp.append([str(path.absolute()), stat.st_size, stat.st_mtime_ns])
+        except OSError:
+            stamp.append([str(path.absolute())])
+    return stamp
+
+
+def read_records(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The last record of each (kind, name) in results.jsonl. A line that a crash has torn is passed over."""
+    records = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            records[record["kind"], record["name"]] = record
+        except (ValueError, KeyError, TypeError):
+            continue
+    return records
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "ab+") as file:
+        is_torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write((b"\n" if is_torn else b"") + json.dumps(record).encode() + b"\n")
+
+
+def examine(kind: str, items: Sequence[Item], check: Check, arguments: argparse.Namespace) -> list[Result]:
+    """Results in the order of the items: those that an earlier run has left, and new ones, which are written at once.
+
+    A failed item is tried again where it may now take longer than before.
+    """
+    path, timeout_s = arguments.output / "results.jsonl", arguments.timeout_s
+    stamps = [stamp_of(item.files) for item in items]
+    records = {} if arguments.again else read_records(path)
+    results: dict[int, Result] = {}
+    for index, item in enumerate(items):
+        record = records.get((kind, item.name))
+        if record and record["files"] == stamps[index] and (record["ok"] or record["timeout_s"] >= timeout_s):
+            results[index] = Result(item.name, record["ok"], record["reason"], record["seconds"])
+    todo = [index for index in range(len(items)) if index not in results]
+    tqdm.monitor_interval = 0  # no thread beside those that fork
+    with tqdm(total=len(items), initial=len(results), unit="item", desc=kind) as bar:
+
+        def note(position: int, result: Result) -> None:
+            index = todo[position]
+            results[index] = result
+            record = {"kind": kind, **vars(result), "timeout_s": timeout_s, "files": stamps[index]}
+            append_record(path, record)
+            bar.update()
+            bar.set_postfix(unusable=sum(not r.ok for r in results.values()), refresh=False)
+
+        scan([items[index] for index in todo], check, arguments.processes, timeout_s, note)
+    return [results[index] for index in range(len(items))]
+
+
+def grouped_reasons(items: Sequence[Item], results: Sequence[Result]) -> list[tuple[str, int]]:
+    """[(reason, how many items)], the commonest first, with FILE for an item's own files and N for numbers."""
+    counts: Counter[str] = Counter()
+    for item, result in zip(items, results, strict=True):
+        if not result.ok:
+            reason = result.reason
+            for path in sorted(map(str, item.files), key=len, reverse=True):
+                reason = reason.replace(path, "FILE")
+            counts[re.sub(r"\d+(\.\d+)?", "N", reason)] += 1
+    return counts.most_common()
+
+
+def write_report(kind: str, items: Sequence[Item], results: Sequence[Result], output: Path) -> dict[str, Any]:
+    """Writes allow-list.txt and report.json into `output`; returns what the latter holds."""
+    usable = [result.name for result in results if result.ok]
+    bad = [result for result in results if not result.ok]
+    report = {
+        "kind": kind,
+        "items": len(results),
+        "usable": len(usable),
+        "unusable": len(bad),
+        "reasons": [{"reason": reason, "items": count} for reason, count in grouped_reasons(items, results)],
+        "unusable_items": [{"name": result.name, "reason": result.reason} for result in bad],
+    }
+    # File names need not be UTF-8: their bytes are kept.
+    _write_whole(output / "allow-list.txt", "".join(f"{name}\n" for name in usable))
+    _write_whole(output / "report.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.replace(temporary, path)
+
+
+def table(report: dict[str, Any], output: Path) -> str:
+    """What the terminal shows at the end."""
+    lines = [f"{report['usable']} of {report['items']} items are usable: {output / 'allow-list.txt'}"]
+    if report["unusable"]:
+        lines.append(f"{report['unusable']} are not: {output / 'report.json'}")
+        lines += [f"{group['items']:>8}  {group['reason']}" for group in report["reasons"][:SHOWN_REASONS]]
+        more = len(report["reasons"]) - SHOWN_REASONS
+        lines += [f"{'':>8}  and {more} more reasons"] if more > 0 else []
+    return "\n".join(lines).encode(errors="backslashreplace").decode()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("path", type=Path, metavar="PATH", help="pairs: the json list; videos: a folder of clips")
+    parser.add_argument("--output", type=Path, default=Path("runs/doctor"), help="folder of the results")
+    parser.add_argument("--processes", type=int, default=2, help="items read at a time")
+    parser.add_argument("--timeout_s", type=float, default=60.0, help="how long reading one item may take")
+    parser.add_argument("--data_root", type=Path, help="pairs: where the relative paths of the list start")
+    parser.add_argument("--again", action="store_true", help="look also at files that have not changed")
+    arguments = parser.parse_args(argv)
+    list_items, check = KINDS[arguments.kind]
+    try:
+        if arguments.processes < 1:
+            raise ValueError(f"--processes is {arguments.processes}, but must be at least 1")
+        if not 0 < arguments.timeout_s < float("inf"):
+            raise ValueError(f"--timeout_s is {arguments.timeout_s:g}, but must be above 0 and finite")
+        items = list_items(arguments.path, arguments.data_root)
+        if arguments.output.exists() and not arguments.output.is_dir():
+            raise ValueError(f"--output is {arguments.output}, which is a file; name a folder")
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return 2
+    try:
+        results = examine(arguments.kind, items, check, arguments)
+    except KeyboardInterrupt:
+        print(f"stopped; what is done is kept in {arguments.output}: run it again to go on", file=sys.stderr)
+        return 130
+    report = write_report(arguments.kind, items, results, arguments.output)
+    print(table(report, arguments.output))
+    return 1 if report["unusable"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
