@@ -55,6 +55,8 @@ class Cache:
             _write_atomically(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1) + "\n"))
         try:
             found = json.loads(path.read_text())
+            if not isinstance(found, dict):
+                raise ValueError
         except ValueError:
             raise CacheError(f"{path} is damaged: delete the folder {self.folder}, it will be made again") from None
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]

@@ -177,7 +177,10 @@ def _serve(channel: Any, check: Check, timeout_s: float, parent_pid: int) -> Non
         while not channel.poll(PARENT_CHECK_S):
             if os.getppid() != parent_pid:
                 return
-        content = channel.recv()
+        try:
+            content = channel.recv()
+        except (EOFError, OSError):  # the parent is gone
+            return
         signal.alarm(math.ceil(timeout_s + KILL_WAIT_S))  # ends a child that hangs when its parent is gone
         start = time.monotonic()
         reason = _reason(check, content)

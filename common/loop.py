@@ -338,7 +338,7 @@ def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learn
             while run.step < run.total_steps and not stopped:
                 # Pass forward and backward over the micro-batches of one optimizer step.
                 started = time.perf_counter()
-                run.meter.profile(run.step)
+                run.meter.profile(run.step + 1)
                 output, sums = accumulate(run, task, fetcher, learners)
                 learner = learners[output.optimizer]
 

@@ -1,5 +1,6 @@
 """How fast a run is: throughput, time per phase, memory, counted FLOPs against what the device can do, torch traces."""
 
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -32,7 +34,7 @@ GIB = 2**30
 
 def peak_flops(device_name: str) -> float | None:
     """Dense half-precision FLOP/s of a device; None where it is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 class _FlopCount(TorchDispatchMode):
@@ -135,6 +137,6 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, _, last = text.partition(":")
-    if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+    if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
         raise ValueError(f"profile {text!r} must be a step or FIRST:LAST, e.g. 5:8")
     return int(first), int(last or first)

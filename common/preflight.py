@@ -36,7 +36,7 @@ def preflight(
     Returns:
         True if the run can start. Errors are raised as they would be in the run itself.
     """
-    output_dir = Path(config.run.output_dir)
+    output_dir = Path(config.run.output_dir).resolve()
     was_there, scratch = output_dir.exists(), output_dir / SCRATCH
     sheet = output_dir.with_name(f"{output_dir.name}-preflight-samples.png")
     lines = []
@@ -57,11 +57,10 @@ def preflight(
             lines += _timings(scratch)
             ready, disk = _disk(config, scratch)
             lines.append(disk)
-    finally:
-        processes.wait_for_everyone()
+    finally:  # without waiting: after an error the others may be in a collective, which would not answer
         if processes.is_main_process:
             shutil.rmtree(scratch, ignore_errors=True)
-            if not was_there:
+            if not was_there and output_dir.exists():
                 output_dir.rmdir()
     if processes.is_main_process:
         print("\n".join(["", "preflight", *lines, f"verdict     {'ready to train' if ready else 'NOT ready'}"]))

@@ -430,7 +430,7 @@ def _read_with_decord(
             if len(reader) == index.num_frames and frames.shape[1:3] == (index.height_px, index.width_px):
                 return list(frames)
             reason = f"decord sees {len(reader)} frames of {frames.shape[2]}x{frames.shape[1]}"
-        except (RuntimeError, IndexError, decord.DECORDError, decord.base.DECORDLimitReachedError) as error:
+        except (RuntimeError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError) as error:
             reason = str(error).strip().splitlines()[0]
     if required:
         raise MediaError(path, f"cannot be read exactly with decord ({reason}); use backend 'auto' or 'pyav'")

@@ -172,14 +172,14 @@ def examine(kind: str, items: Sequence[Item], check: Check, arguments: argparse.
 
 
 def grouped_reasons(items: Sequence[Item], results: Sequence[Result]) -> list[tuple[str, int]]:
-    """[(reason, how many items)], the commonest first, with FILE for an item's own files and N for numbers."""
+    """[(reason, how many items)], the commonest first, FILE for an item's own files, N for numbers and sizes."""
     counts: Counter[str] = Counter()
     for item, result in zip(items, results, strict=True):
         if not result.ok:
             reason = result.reason
             for path in sorted(map(str, item.files), key=len, reverse=True):
                 reason = reason.replace(path, "FILE")
-            counts[re.sub(r"\d+(\.\d+)?", "N", reason)] += 1
+            counts[re.sub(r"\b\d+(\.\d+)?(x\d+)?", "N", reason)] += 1
     return counts.most_common()
 
 

@@ -47,7 +47,7 @@ def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     assert json.loads((folder / "fingerprint.json").read_text())["weights"] == "abc"  # left as it was
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 1', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"", b'{"format": 1', b"\xff\xfe\x00", b"[]", b"null"])
 def test_a_damaged_fingerprint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "fingerprint.json").write_bytes(content)
     with pytest.raises(CacheError) as caught:

@@ -33,6 +33,9 @@ def meter(micro_batches: int = 1) -> Meter:
         ("Tesla V100-SXM2-32GB", 125e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce GTX 1080 Ti", None),
+        ("NVIDIA RTX A1000", None),  # no A100
+        ("NVIDIA RTX A4000", None),  # no A40
+        ("NVIDIA A10G", None),
         ("AMD Instinct MI300X", None),
         ("", None),
     ],
@@ -48,7 +51,7 @@ def test_steps(text: str | None, steps: tuple[int, int] | None) -> None:
     assert parse_steps(text) == steps
 
 
-@pytest.mark.parametrize("text", ["", ":", ":8", "8:5", "five", "-1", "1:2:3", "1.5", "1:x", " 1"])
+@pytest.mark.parametrize("text", ["", ":", ":8", "8:5", "five", "-1", "1:2:3", "1.5", "1:x", " 1", "²"])
 def test_steps_that_cannot_be_read(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_steps(text)

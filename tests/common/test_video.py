@@ -513,3 +513,11 @@ def test_write_video_refuses_and_leaves_nothing(tmp_path):
     with pytest.raises(Exception, match="no_such_codec"):
         write_video(path, np.zeros((1, 4, 4, 3), np.uint8), 25, codec="no_such_codec")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_clips_that_decord_refuses_are_read_with_pyav(tmp_path):
+    """decord ends a clip of 16 x 16 px with an error of its own."""
+    frames = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "small.mp4", frames, fps=8)
+    read = read_frames(tmp_path / "small.mp4", [0, 7, 3])
+    np.testing.assert_array_equal(read, read_frames(tmp_path / "small.mp4", [0, 7, 3], backend="pyav"))

@@ -102,7 +102,11 @@ def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(
     total_limit: int | None,
     kept: int,
 ) -> None:
-    for name, size_bytes in {"checkpoint-2/unet/weights": 1000, "checkpoint-2/state": 24, "export/weights": 500}.items():
+    for name, size_bytes in {
+        "checkpoint-2/unet/weights": 1000,
+        "checkpoint-2/state": 24,
+        "export/weights": 500,
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size_bytes))
     config, usage = _Config(_Run(max_train_steps), _Checkpoint(400, total_limit)), shutil.disk_usage(tmp_path)

@@ -1,4 +1,4 @@
-"""The Slurm script between stand-ins for srun, scontrol and accelerate: what is started where, who gets which signal."""
+"""The Slurm script between stand-ins for srun, scontrol and accelerate: what starts where, who gets which signal."""
 
 import json
 import os
