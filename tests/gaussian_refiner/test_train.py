@@ -209,6 +209,39 @@ def test_bad_input_is_told_what_to_change(
     assert not (tmp_path / "run").exists()
 
 
+def test_other_data_are_refused_on_resume(
+    tmp_path: Path, in_data_folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--pretrained_model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "run")]
+    flags += ["--validate_at_start", "no"]
+    train(*flags, "--max_train_steps", "1")
+    flags += ["--resume_from_checkpoint", "latest", "--max_train_steps", "2", "--max_train_samples", "5"]
+    message = refused(capsys, *flags)
+    assert "data.num_items: 6 in the checkpoint, 5 now" in message and "data.pairs_sha256" in message
+    assert "--allow_changed data.num_items data.pairs_sha256" in message
+    train(*flags, "--allow_changed", "data.num_items", "data.pairs_sha256")
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+def test_too_little_memory_names_phase_and_knobs(
+    tmp_path: Path,
+    in_data_folder: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def out_of_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr("gaussian_refiner.task.repair_loss", out_of_memory)
+    flags = ["--pretrained_model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "run")]
+    message = refused(capsys, *flags, "--max_train_steps", "1", "--validate_at_start", "no")
+    assert (
+        "cpu ran out of memory in phase forward of step 0, with micro-batches of 2: lower train_batch_size" in message
+    )
+    assert "--gradient_checkpointing" in message and "Tried to allocate 20 GiB" in message
+
+
 def test_corrupt_images_are_replaced_and_recorded(
     tmp_path: Path, in_data_folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
