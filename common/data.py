@@ -307,6 +307,8 @@ class SampleLoader:
     def _read_bad_items(self) -> None:
         """What all processes have found so far, and earlier starts of this run."""
         for record in _read_json_lines(self.bad_samples_path):
+            if not (isinstance(record, dict) and isinstance(record.get("item"), int)):
+                continue  # what a crash left of a line
             self.bad_items.add(record["item"])
             if record.get("forbidden"):
                 self.dataset.forbidden.add(record["item"])

@@ -234,6 +234,7 @@ def open_run(
         fingerprint=fingerprint,
         **more,
     )
+    stop.on_progress = run.watch.moved
     run.begin(resume_point, learners)
     return run
 

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
@@ -209,6 +209,7 @@ class StopSignal:
 
     def __init__(self, processes: Processes, max_train_time_s: float | None = None):
         self.processes, self.received = processes, ""
+        self.on_progress: Callable[[], None] = lambda: None  # called between the items of shared work
         self.deadline = None if max_train_time_s is None else time.monotonic() + max_train_time_s
         # Flags travel over gloo: that neither waits for the GPU nor makes the GPU wait.
         self.group: Any = torch.distributed.new_group(backend="gloo") if processes.num_processes > 1 else None
@@ -255,6 +256,7 @@ class StopSignal:
         for first in range(0, count, num_processes):
             if self.agreed(self.is_wanted):
                 raise StopRequested(self.received or "another process was asked to stop")
+            self.on_progress()
             if first + rank < count:
                 yield first + rank
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +13,7 @@ from processes import metrics
 from common.cache import Cache, CacheError
 from common.checkpoint import CheckpointError, find, newest_valid, problems_of, seal
 from common.config import LogConfig
-from common.data import _read_json_lines
+from common.data import SampleLoader, SamplePlan
 from common.log import RunLog
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -93,7 +94,11 @@ def test_any_lines_in_the_metrics(tmp_path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(['{"step": 1, "kind": "train"}', *lines]), encoding="utf-8", errors="replace")
     RunLog(folder, LogConfig(report_to="none"), {}, is_main=True).begin(1)
     assert metrics(folder)[0] == {"step": 1, "kind": "train"}
-    _read_json_lines(path)
+    (folder / "bad_samples.jsonl").write_bytes(path.read_bytes())
+    settings = {"micro_batch": 1, "rank": 0, "world_size": 1, "num_workers": 0, "max_bad_fraction": 0.5}
+    source: Any = range(4)
+    loader = SampleLoader(source, SamplePlan(4, 0, 1), bad_samples_path=folder / "bad_samples.jsonl", **settings)
+    assert all(isinstance(item, int) for item in loader.bad_items)
 
 
 @QUICK

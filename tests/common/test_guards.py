@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 from processes import command, metrics, run, seen
 
-from common.runtime import seconds_of
+from common.runtime import StopSignal, seconds_of
 from common.watch import Watch
 
 
@@ -53,6 +55,21 @@ def test_a_process_that_hangs_is_named(tmp_path: Path, processes: int) -> None:
     output = run(tmp_path / "run", *flags, processes=processes, status=1)
     stuck = [line for line in output.splitlines() if "has not moved for" in line]
     assert stuck and "in phase data of step" in stuck[0] and "run.hang_timeout_s is 2" in stuck[0], output
+
+
+def test_long_shared_work_is_no_hang(tmp_path: Path) -> None:
+    alone: Any = SimpleNamespace(process_index=0, num_processes=1)
+    stop, watch = StopSignal(alone), Watch(tmp_path, "token", 0, 1, hang_timeout_s=0.3)
+    stop.on_progress = watch.moved
+    try:
+        with watch.phase("validation", step=1):
+            for _ in stop.share(3):
+                time.sleep(0.2)
+                assert watch.lost_peer() is None
+            time.sleep(0.4)
+            assert "in phase validation of step 1 has not moved for" in str(watch.lost_peer())
+    finally:
+        watch.end()
 
 
 def test_a_launcher_that_is_stopped_takes_the_run_along(tmp_path: Path) -> None:
