@@ -1,6 +1,7 @@
 """What guards a run: time limits, the watchdog, loader processes that die or hang, replay of a non-finite step."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,23 @@ def test_long_shared_work_is_no_hang(tmp_path: Path) -> None:
             assert "in phase validation of step 1 has not moved for" in str(watch.lost_peer())
     finally:
         watch.end()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_is_heard_while_a_process_waits_for_data(tmp_path: Path, processes: int) -> None:
+    flags = ("--batch_size", "1", "--max_train_steps", "1000", "data.hanging_items=[4]")
+    line = command(tmp_path / "run", *flags, processes=processes)
+    launched = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path, done, deadline = tmp_path / "run" / "metrics.jsonl", -1, time.monotonic() + 120
+    while time.monotonic() < deadline and (not path.exists() or path.stat().st_size != done):
+        done = path.stat().st_size if path.exists() else -1  # until no step is added any more
+        time.sleep(1.5)
+    tree = [psutil.Process(launched.pid), *psutil.Process(launched.pid).children(recursive=True)]
+    for process in tree[-processes:]:
+        process.send_signal(signal.SIGUSR1)
+    assert launched.wait(timeout=60) == 0
+    (manifest,) = (tmp_path / "run").glob("checkpoint-*/manifest.json")
+    assert manifest.parent.name == f"checkpoint-{metrics(tmp_path / 'run')[-1]['step']}"
 
 
 def test_a_launcher_that_is_stopped_takes_the_run_along(tmp_path: Path) -> None:
