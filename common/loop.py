@@ -315,7 +315,7 @@ def find_resume_point(
             f"Set them back, or insist with --allow_changed {' '.join(c.path for c in broken)}"
         )
     for change in changed:
-        if change.path not in harmless:
+        if accelerator.is_main_process and change.path not in harmless:
             logger.warning("changed since %s: %s", found.name, change)
     return found
 

@@ -72,7 +72,7 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     config = loop.aside_if_replaying(config)
     accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
     stop = runtime.stop_signal(accelerator, config.run)
-    for warning in warnings:
+    for warning in warnings if accelerator.is_main_process else ():
         logger.warning("%s", warning)
     output_dir, device = Path(config.run.output_dir), accelerator.device
 

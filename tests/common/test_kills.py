@@ -2,12 +2,15 @@
 
 import random
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from processes import assert_same_state, command, metrics, run
+
+from common.cache import Cache
 
 STEPS = 600
 FLAGS = ("--batch_size", "2", "--use_ema", "--max_train_steps", str(STEPS), "--checkpointing_steps", "3")
@@ -63,3 +66,33 @@ def test_kills(tmp_path: Path, processes: int, kills: int) -> None:
 @pytest.mark.parametrize(("processes", "kills"), [(1, 60), (2, 40)])
 def test_many_kills(tmp_path: Path, processes: int, kills: int) -> None:
     check_kills(tmp_path, processes, kills)
+
+
+BUILDER = """
+import sys
+import torch
+from common.cache import Cache
+cache = Cache(sys.argv[1], {"weights": "abc"})
+for number in range(100_000):
+    key = f"{number:08d}"
+    if key not in cache:
+        cache.save(key, {"number": torch.full((256,), number)})
+"""
+
+
+def test_kills_while_a_cache_is_built(tmp_path: Path) -> None:
+    folder, rng = tmp_path / "cache", random.Random(0)
+    built = 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", BUILDER, str(folder)], cwd=tmp_path)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and len(list(folder.rglob("0*.safetensors"))) <= built:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.wait()
+        entries = sorted(path.stem for path in folder.rglob("0*.safetensors"))
+        assert len(entries) > built and entries == [f"{number:08d}" for number in range(len(entries))]
+        built = len(entries)
+    cache = Cache(folder, {"weights": "abc"})
+    assert all(cache.load(f"{number:08d}")["number"].eq(number).all() for number in range(built))

@@ -242,7 +242,11 @@ def test_a_torn_last_line_costs_one_item(made_up, tmp_path):
 def test_ctrl_c_keeps_what_is_done(made_up, tmp_path, capsys):
     path, out = deeds(tmp_path, a="ok", b="interrupt", c="ok"), tmp_path / "out"
     command = ["deeds", str(path), "--output", str(out), "--processes", "1"]
-    assert doctor.main(command) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        assert doctor.main(command) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert f"stopped; what is done is kept in {out}: run it again to go on\n" in capsys.readouterr().err
     assert [record["name"] for record in records(out)] == ["a"]
     assert not (out / "allow-list.txt").exists()
