@@ -284,7 +284,8 @@ def save_average(ema: EMA, directory: Path) -> None:
         save_weights(ema.module, directory)
     path = directory / "config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
-    config |= {"decay": ema.decay, "min_decay": 0.0, "optimization_step": ema.updates, "update_after_step": 0}
+    min_decay = 0.0 if ema.warmup else ema.decay
+    config |= {"decay": ema.decay, "min_decay": min_decay, "optimization_step": ema.updates, "update_after_step": 0}
     config |= {"use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,6 +225,7 @@ def open_run(
             accelerator.gradient_accumulation_steps,
             parse_steps(config.log.profile),
             output_dir / "profile" / f"rank-{rank}.json",
+            num_kinds=len(learners),
         ),
         output_dir=output_dir,
         total_steps=total_steps(config.run, num_items, global_batch),
@@ -331,7 +332,8 @@ def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learn
     accelerator, config, log = run.accelerator, run.config, run.log
     fetcher = Fetcher(loader.batches(run.sample, run.total_steps - run.step))
     bar = tqdm(total=run.total_steps, initial=run.step, disable=not accelerator.is_main_process, unit="step")
-    skipped_in_a_row, stopped = 0, False
+    skipped: dict[str, list[int]] = {name: [] for name in learners}  # steps in a row that were not finite
+    stopped, shown = False, {}
     with run.watch.naming_lost_peers(), naming_memory(run), closing(fetcher), closing(bar):
         try:
             if run.validation_is_owed:
@@ -350,21 +352,22 @@ def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learn
                 stopped, too_many_bad = means.pop("_stop") > 0, means.pop("_too_many_bad") > 0
                 finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
                 with run.watch.phase("optimizer"):
+                    skipped[output.optimizer] = [] if finite else [*skipped[output.optimizer], run.step]
                     if not finite:
-                        skipped_in_a_row += 1
-                        report_nonfinite(run, learners, means, skipped_in_a_row)
+                        report_nonfinite(run, output.optimizer, means, skipped[output.optimizer])
                     take_step(run, learner, finite)
-                skipped_in_a_row = 0 if finite else skipped_in_a_row
                 run.step += 1
                 run.sample += run.global_batch
 
                 # Report.
                 step_s = time.perf_counter() - started
                 means |= {"lr": learner.learning_rate(run.step - 1), "epoch": run.sample / run.num_items}
-                means |= run.meter.of_step(step_s, run.watch.take_seconds(), run.global_batch)
-                if run.step % config.log.log_every_steps == 0 or run.step == run.total_steps:
-                    log.metrics(run.step, "train", means | _spread(run, means))
-                bar.set_postfix(loss=f"{means['loss']:.4g}", lr=f"{means['lr']:.3g}", refresh=False)
+                means |= run.meter.of_step(step_s, run.watch.take_seconds(), run.global_batch, output.optimizer)
+                kind = "train" if output.optimizer == "model" else f"train_{output.optimizer}"
+                if run.step % config.log.log_every_steps < len(learners) or run.step == run.total_steps:
+                    log.metrics(run.step, kind, means | _spread(run, means))
+                shown |= {kind.replace("train", "loss"): f"{means['loss']:.4g}", "lr": f"{means['lr']:.3g}"}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
 
                 # Validate, save.
@@ -396,7 +399,6 @@ def accumulate(
         StopRequested: on all processes, if one of them was asked to stop while it waited for data.
     """
     accelerator, models = run.accelerator, [learner.model for learner in learners.values()]
-    seed_model_randomness(run.config.run.seed, accelerator.process_index, run.step)
     for learner in learners.values():
         learner.set_learning_rate(run.step)
     sums: dict[str, Tensor] = {}
@@ -409,6 +411,7 @@ def accumulate(
                     learner.optimizer.zero_grad(set_to_none=True)
                 raise StopRequested
         numbers = batch["sample_number"].tolist()
+        seed_model_randomness(run.config.run.seed, numbers[0])
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         with accelerator.accumulate(*models), run.meter.counting():
             with run.watch.phase("forward", samples=numbers):
@@ -486,8 +489,10 @@ def _spread(run: Run, measures: Mapping[str, float]) -> dict[str, float]:
     return {"fastest_rank_s": min(busy), "slowest_rank_s": max(busy), "slowest_rank": busy.index(max(busy))}
 
 
-def report_nonfinite(run: Run, learners: Mapping[str, Learner], means: Mapping[str, float], in_a_row: int) -> None:
+def report_nonfinite(run: Run, optimizer: str, means: Mapping[str, float], in_a_row: Sequence[int]) -> None:
     """Records a step whose loss or gradient is not finite, so that it can be replayed; ends the run after too many.
+
+    Steps of different learners are counted apart: of a GAN, one may diverge while the other goes on.
 
     The first of a row is kept whole in `nonfinite/step-<n>`: sample numbers, seed, configuration and the weights that
     it started from. `--replay` runs it again.
@@ -495,10 +500,10 @@ def report_nonfinite(run: Run, learners: Mapping[str, Learner], means: Mapping[s
     accelerator, limit, scaler = run.accelerator, run.config.run.max_nonfinite_steps, run.accelerator.scaler
     if scaler is not None and math.isfinite(means["loss"]) and scaler.get_scale() > 1:
         return  # fp16 gradients overflowed: the scaler lowers its scale until it finds one that fits
-    record = {"step": run.step, "first_sample": run.sample, "last_sample": run.sample + run.global_batch - 1}
+    record = {"step": run.step, "optimizer": optimizer, "first_sample": run.sample, "last_sample": run.sample + run.global_batch - 1}
     record |= {"loss": str(means["loss"]), "grad_norm": str(means["grad_norm"]), "seed": run.config.run.seed}
     folder = run.output_dir / NONFINITE / f"step-{run.step}"
-    if in_a_row == 1:
+    if len(in_a_row) == 1:
         record |= {"num_processes": accelerator.num_processes, "config": configs.to_dict(run.config)}
 
         def write(staging: Path) -> None:
@@ -511,12 +516,12 @@ def report_nonfinite(run: Run, learners: Mapping[str, Learner], means: Mapping[s
     elif accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    what = f"step {run.step} (samples {record['first_sample']} to {record['last_sample']})"
+    what = f"step {run.step} of the {optimizer} (samples {record['first_sample']} to {record['last_sample']})"
     numbers = f"loss {means['loss']}, gradient norm {means['grad_norm']}"
-    if in_a_row > limit:
-        first = run.output_dir / NONFINITE / f"step-{run.step - in_a_row + 1}" / RECORD
+    if len(in_a_row) > limit:
+        first = run.output_dir / NONFINITE / f"step-{in_a_row[0]}" / RECORD
         raise NonFiniteError(
-            f"{numbers} at {what}: {in_a_row} steps in a row were not finite, run.max_nonfinite_steps is {limit}. "
+            f"{numbers} at {what}: {len(in_a_row)} steps in a row were not finite, run.max_nonfinite_steps is {limit}. "
             f"--replay {first} shows where it begins. Lower the learning rate, train in bf16 or fp32, or look at those "
             "samples, then continue with --resume_from_checkpoint latest"
         )

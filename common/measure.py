@@ -30,6 +30,7 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 GIB = 2**30
+MAX_COUNTS = 10  # micro-batches whose FLOPs are counted: a kind of step that starts later is not
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -55,39 +56,52 @@ class _FlopCount(TorchDispatchMode):
 class Meter:
     """Measures of one process, a set per optimizer step.
 
-    FLOPs are those of the first micro-batch's forward and backward pass, frozen networks included, by torch's formulas;
-    a recomputation for gradient checkpointing counts, so this is hardware utilisation.
+    FLOPs are those of a micro-batch's forward and backward pass, frozen networks included, by torch's formulas; a
+    recomputation for gradient checkpointing counts, so this is hardware utilisation. They are counted once for every
+    kind of step (generator, discriminator) that comes among the first few.
 
     Args:
         device: whose memory is read.
         micro_batches: of this process in an optimizer step.
+        num_kinds: of steps that there may be.
         profile_steps: first and last optimizer step of which a torch trace is written; None writes none.
         trace_path: where the trace goes.
     """
 
     def __init__(
-        self, device: torch.device, micro_batches: int, profile_steps: tuple[int, int] | None, trace_path: Path
+        self,
+        device: torch.device,
+        micro_batches: int,
+        profile_steps: tuple[int, int] | None,
+        trace_path: Path,
+        num_kinds: int = 1,
     ):
         self.device, self.micro_batches = device, micro_batches
         self.profile_steps, self.trace_path = profile_steps, trace_path
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.flops_per_step: int | None = None
+        self.num_kinds, self.counts_left = num_kinds, MAX_COUNTS
+        self.flops_per_step: dict[str, int] = {}  # by kind of step
+        self._last_count = 0
         self._profiler: Any = None
 
     def counting(self) -> AbstractContextManager:
-        """Around the passes of a micro-batch: counts their FLOPs the first time, costs nothing afterwards."""
-        return nullcontext() if self.flops_per_step is not None else self._counting()
+        """Around the passes of a micro-batch: counts their FLOPs the first times, costs nothing afterwards."""
+        done = len(self.flops_per_step) == self.num_kinds or self._last_count or not self.counts_left
+        return nullcontext() if done else self._counting()
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
         with _FlopCount() as count:
             yield
-        self.flops_per_step = count.total * self.micro_batches
+        self._last_count, self.counts_left = count.total * self.micro_batches, self.counts_left - 1
 
-    def of_step(self, step_s: float, phases: dict[str, float], num_samples: int) -> dict[str, float]:
-        """What is reported of a step.
+    def of_step(
+        self, step_s: float, phases: dict[str, float], num_samples: int, kind: str = "model"
+    ) -> dict[str, float]:
+        """What is reported of a step, the one whose passes were last counted if any were.
 
         Args:
+            kind: which learner the step trained.
             step_s: seconds from its first batch to its report.
             phases: seconds in each phase.
             num_samples: of all processes.
@@ -95,10 +109,12 @@ class Meter:
         measures = {"step_s": step_s, "samples_per_s": num_samples / step_s}
         measures["data_wait_percent"] = 100 * phases.get("data", 0.0) / step_s
         measures |= {f"time/{name}_s": seconds for name, seconds in phases.items()}
-        if self.flops_per_step:
-            measures["tflops_per_s"] = self.flops_per_step / step_s / 1e12
+        if self._last_count:
+            self.flops_per_step[kind], self._last_count = self._last_count, 0
+        if flops := self.flops_per_step.get(kind):
+            measures["tflops_per_s"] = flops / step_s / 1e12
             if self.peak:
-                measures["mfu_percent"] = 100 * self.flops_per_step / step_s / self.peak
+                measures["mfu_percent"] = 100 * flops / step_s / self.peak
         return measures | self.memory()
 
     def memory(self) -> dict[str, float]:

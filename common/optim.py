@@ -150,11 +150,12 @@ class EMA:
         module: the unwrapped model.
         decay: upper bound.
         offload: keep the average in host memory.
+        warmup: False uses `decay` itself from the first update on.
     """
 
-    def __init__(self, module: nn.Module, decay: float, offload: bool = False):
+    def __init__(self, module: nn.Module, decay: float, offload: bool = False, warmup: bool = True):
         self.module, self.decay, self.updates = module, decay, 0
-        self.offload = offload
+        self.offload, self.warmup = offload, warmup
         self.average = [self._place(p.detach().float().clone()) for p in self._live()]
 
     def _live(self) -> list[nn.Parameter]:
@@ -165,6 +166,8 @@ class EMA:
 
     def current_decay(self) -> float:
         """The decay that the last update used."""
+        if not self.warmup:
+            return self.decay
         step = self.updates - 1
         return 0.0 if step <= 0 else min(self.decay, (1 + step) / (10 + step))
 

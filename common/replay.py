@@ -33,12 +33,12 @@ def replay(run: Run, task: Task, loader: SampleLoader, record_path: Path) -> lis
             logger.warning("not as when it was recorded: %s", change)
     for name, model in run.checkpoints.models.items():
         model.load_state_dict(read_weights(record_path.parent / name))
-    seed_model_randomness(record["seed"], run.accelerator.process_index, record["step"])
     findings = []
     count = run.accelerator.gradient_accumulation_steps
     for number, batch in enumerate(loader.batches(record["first_sample"], 1), 1):
         batch: Any = send_to_device(batch, run.accelerator.device)
         samples, items = batch["sample_number"].tolist(), batch["item"].tolist()
+        seed_model_randomness(record["seed"], samples[0])
         what = f"micro-batch {number} of {count} (samples {samples}, items {items})"
         findings.append(f"{what}: {_examine(run, task, batch, record['step'])}")
         logger.info("%s", findings[-1])

@@ -135,9 +135,12 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def seed_model_randomness(seed: int, rank: int, step: int) -> None:
-    """Seeds the global generators for (seed, rank, step): what dropout layers inside a model draw from."""
-    value = int(rng_for(seed, "model randomness", rank, step).integers(2**32))
+def seed_model_randomness(seed: int, first_sample: int) -> None:
+    """Seeds the global generators, from which dropout layers draw, by the number of a micro-batch's first sample.
+
+    A micro-batch then meets the same masks whatever the number of processes and of accumulated micro-batches.
+    """
+    value = int(rng_for(seed, "model randomness", first_sample).integers(2**32))
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

@@ -1,6 +1,7 @@
 """Counted FLOPs against hand-computed ones, the table of peaks, and what is reported of a step."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,13 @@ from processes import run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.measure import Meter, parse_steps, peak_flops
+from common.measure import MAX_COUNTS, Meter, parse_steps, peak_flops
 
 CPU = torch.device("cpu")
 
 
-def meter(micro_batches: int = 1) -> Meter:
-    return Meter(CPU, micro_batches, None, Path("unused.json"))
+def meter(micro_batches: int = 1, num_kinds: int = 1) -> Meter:
+    return Meter(CPU, micro_batches, None, Path("unused.json"), num_kinds)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_a_step_in_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {"step_s": 0.5, "samples_per_s": 16.0, "data_wait_percent": 20.0, "time/data_s": 0.1, "time/forward_s": 0.3}
     phases = {"data": 0.1, "forward": 0.3}
     assert measured.of_step(0.5, phases, 8) == {**plain, "memory_peak_gib": 1.5}
-    measured.flops_per_step = 4 * 10**12
+    measured.flops_per_step = {"model": 4 * 10**12}
     assert measured.of_step(0.5, phases, 8) == {**plain, "tflops_per_s": 8.0, "memory_peak_gib": 1.5}
     measured.peak = 32e12
     assert measured.of_step(0.5, phases, 8) == {
@@ -74,6 +75,26 @@ def test_a_step_in_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory_peak_gib": 1.5,
     }
     assert measured.of_step(0.5, {}, 8)["data_wait_percent"] == 0
+    assert "tflops_per_s" not in measured.of_step(0.5, phases, 8, "discriminator")
+
+
+def test_every_kind_of_step_is_counted_once() -> None:
+    layer, measured = nn.Linear(7, 11), meter(num_kinds=2)
+    for kind, rows in (("model", 5), ("discriminator", 3), ("model", 4)):
+        for _ in range(2):  # of two micro-batches the first is counted
+            with measured.counting():
+                layer(torch.randn(rows, 7)).sum().backward()
+        measured.of_step(1.0, {}, 1, kind)
+    assert measured.flops_per_step == {"model": 2 * 2 * 5 * 7 * 11, "discriminator": 2 * 2 * 3 * 7 * 11}
+
+
+def test_a_kind_of_step_that_comes_late_is_not_counted() -> None:
+    measured = meter(num_kinds=2)
+    for _ in range(MAX_COUNTS):
+        with measured.counting():
+            nn.Linear(7, 11)(torch.randn(5, 7)).sum().backward()
+        measured.of_step(1.0, {}, 1)
+    assert isinstance(measured.counting(), nullcontext)
 
 
 def test_memory_of_a_process_without_a_gpu() -> None:
@@ -92,10 +113,12 @@ def test_flops_of_a_linear_layer() -> None:
     with measured.counting():
         layer(x).sum().backward()
     product = 2 * batch * inputs * outputs  # forward, gradient of the input, gradient of the weight
-    assert measured.flops_per_step == 3 * 3 * product
+    measured.of_step(1.0, {}, batch)
+    assert measured.flops_per_step == {"model": 3 * 3 * product}
     with measured.counting():  # counts once only
         layer(x).sum().backward()
-    assert measured.flops_per_step == 3 * 3 * product
+    measured.of_step(1.0, {}, batch)
+    assert measured.flops_per_step == {"model": 3 * 3 * product}
 
 
 def test_flops_of_a_layer_whose_input_needs_no_gradient() -> None:
@@ -103,7 +126,8 @@ def test_flops_of_a_layer_whose_input_needs_no_gradient() -> None:
     measured = meter()
     with measured.counting():
         layer(x).sum().backward()
-    assert measured.flops_per_step == 2 * (2 * 5 * 7 * 11)
+    measured.of_step(1.0, {}, 1)
+    assert measured.flops_per_step == {"model": 2 * (2 * 5 * 7 * 11)}
 
 
 def test_flops_of_a_convolution() -> None:
@@ -115,7 +139,8 @@ def test_flops_of_a_convolution() -> None:
         layer(x).sum().backward()
     places = (height_px // 2) * (width_px // 2)
     forward = 2 * batch * places * outputs * inputs * kernel_px**2
-    assert measured.flops_per_step == 3 * forward
+    measured.of_step(1.0, {}, 1)
+    assert measured.flops_per_step == {"model": 3 * forward}
 
 
 def test_frozen_networks_count_with_their_forward_pass() -> None:
@@ -123,7 +148,8 @@ def test_frozen_networks_count_with_their_forward_pass() -> None:
     measured = meter()
     with measured.counting(), torch.no_grad():
         frozen(x)
-    assert measured.flops_per_step == 2 * 5 * 7 * 11
+    measured.of_step(1.0, {}, 1)
+    assert measured.flops_per_step == {"model": 2 * 5 * 7 * 11}
 
 
 class Net(nn.Module):
@@ -159,7 +185,8 @@ def test_counting_changes_no_bit(dtype: torch.dtype | None) -> None:
     measured = meter()
     counted = passes(measured)
     plain = passes(measured)  # the second time nothing is counted
-    assert measured.flops_per_step is not None and measured.flops_per_step > 0
+    measured.of_step(1.0, {}, 1)
+    assert measured.flops_per_step["model"] > 0
     assert len(plain) == 11 and all(torch.equal(a, b) for a, b in zip(counted, plain, strict=True))
 
 
@@ -167,7 +194,8 @@ def test_a_failed_pass_counts_nothing() -> None:
     measured = meter()
     with pytest.raises(KeyError, match="from the step"), measured.counting():
         raise KeyError("from the step")
-    assert measured.flops_per_step is None
+    measured.of_step(1.0, {}, 1)
+    assert measured.flops_per_step == {}
 
 
 def test_a_trace_is_written_and_loads(tmp_path: Path) -> None:

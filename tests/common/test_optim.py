@@ -329,3 +329,18 @@ def test_an_average_of_a_plain_module_goes_on_as_if_never_saved(tmp_path: Path) 
             moved(m, step)
             e.update()
     assert all(torch.equal(a, b) for a, b in zip(resumed.average, ema.average, strict=True))
+
+
+def test_an_average_without_warm_up_uses_its_decay_from_the_first_update_on(tmp_path: Path) -> None:
+    model = Small(width=4)
+    start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    ema = EMA(model, 0.75, warmup=False)
+    moved(model, 0)
+    ema.update()
+    live = [p.detach() for p in model.parameters() if p.requires_grad]
+    expected = [0.75 * before + 0.25 * now for before, now in zip(start, live, strict=True)]
+    for average, value in zip(ema.average, expected, strict=True):
+        torch.testing.assert_close(average, value)
+    checkpoint.save_average(ema, tmp_path / "ema")
+    read = EMAModel.from_pretrained(str(tmp_path / "ema"), Small)
+    assert read.get_decay(5) == 0.75

@@ -36,6 +36,8 @@ class TinyData(DataConfig):
     hanging_items: tuple[int, ...] = option((), "items that never return")
     fatal_step: int | None = option(None, "step in which the process of rank 1 is killed")
     nan_samples: tuple[int, ...] = option((), "sample numbers whose loss is not a number")
+    nan_critic: bool = option(False, "the critic's loss is never a number")
+    alternate: bool = option(False, "odd steps train a second network, the critic, as in a GAN")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +85,25 @@ class Model(nn.Module):
         return self.layers(x)
 
 
+class Critic(nn.Module):
+    """Tells vectors from denoised ones; its dropout shows what masks a sample meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def forward(self, *rows: torch.Tensor) -> list[torch.Tensor]:
+        return [self.layers(x) for x in rows]
+
+
 class TinyTask:
     """Denoises vectors, and writes down which samples each process saw with which draws."""
 
-    def __init__(self, config: TinyConfig, accelerator, model: nn.Module, bare: nn.Module, seen: Path):
+    def __init__(
+        self, config: TinyConfig, accelerator, model: nn.Module, bare: nn.Module, critic: nn.Module, seen: Path
+    ):
         self.config, self.accelerator, self.model, self.bare, self.seen = config, accelerator, model, bare, seen
+        self.critic = critic
 
     def training_step(self, batch: dict, step: int) -> loop.StepOutput:
         numbers = batch["sample_number"].tolist()
@@ -99,6 +115,12 @@ class TinyTask:
         with open(self.seen, "a") as file:
             for number, item, x, row in zip(numbers, batch["item"].tolist(), batch["x"], noise, strict=True):
                 file.write(f"{step} {number} {item} {x.sum().item().hex()} {row.sum().item().hex()}\n")
+        if self.config.data.alternate and step % 2:
+            with torch.no_grad():
+                denoised = self.bare(batch["x"] + noise)
+            real, fake = self.critic(batch["x"], denoised)  # (B, 1) each
+            loss = torch.relu(1 - real.float()).mean() + torch.relu(1 + fake.float()).mean()
+            return loop.StepOutput(loss * (torch.nan if self.config.data.nan_critic else 1), optimizer="critic")
         loss = (self.model(batch["x"] + noise).float() - batch["x"]).square().mean(dim=1)  # (B,)
         bad = torch.tensor([n in self.config.data.nan_samples for n in numbers], device=loss.device)
         return loop.StepOutput(torch.where(bad, torch.nan, loss).mean(), {"noise": noise.mean()})
@@ -135,22 +157,28 @@ def train(config: TinyConfig) -> None:
     torch.manual_seed(0)
     bare = Model()
     optimizer = build_adamw(bare.parameters(), config.optim, accelerator.device)
+    critic = Critic()
+    models = {"model": bare, "critic": critic} if config.data.alternate else {"model": bare}
+    critic_optimizer = build_adamw(critic.parameters(), config.optim, accelerator.device)
     model, optimizer = accelerator.prepare(bare, optimizer)
     schedule = lr_schedule(config.optim, loop.total_steps(config.run, len(source), global_batch), global_batch)
     ema = EMA(bare, config.optim.ema_decay) if config.optim.use_ema else None
     learners = {"model": Learner(model, optimizer, schedule, config.optim.max_grad_norm, ema)}
+    if config.data.alternate:
+        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+        learners["critic"] = Learner(critic, critic_optimizer, schedule, config.optim.max_grad_norm)
 
     run = loop.open_run(
         accelerator,
         config,
         stop,
-        models={"model": bare},
+        models=models,
         learners=learners,
         num_items=len(source),
         fingerprint=fingerprint,
         resume_point=resume_point,
     )
-    task = TinyTask(config, accelerator, model, bare, output_dir / f"seen-{rank}.txt")
+    task = TinyTask(config, accelerator, model, bare, critic, output_dir / f"seen-{rank}.txt")
     loader = loop.open_loader(run, source, plan)
     if config.run.replay:
         replay(run, task, loader, Path(config.run.replay))
