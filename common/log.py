@@ -14,7 +14,7 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from common.config import LogConfig
-from common.video import save_image
+from common.video import save_image, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,15 @@ class RunLog:
         if track:
             self._each(lambda tracker: _track_image(tracker, name, image, step))
 
+    def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
+        """Writes a clip, uint8 (T, H, W, 3), as `<image_folder>/<name>.mp4`; wandb shows it where the main process calls.
+
+        Any process may call it, each with names of its own.
+        """
+        path = self.image_folder(step) / f"{name}.mp4"
+        write_video(path, frames, fps)
+        self._each(lambda tracker: _track_video(tracker, name, path, step))
+
     def close(self) -> None:
         """Flushes and ends the trackers."""
         self._each(lambda tracker: tracker.finish())
@@ -147,6 +156,13 @@ def _track_image(tracker: Any, name: str, image: np.ndarray, step: int) -> None:
         tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")  # (1, H, W, 3)
     elif hasattr(tracker, "log_images"):
         tracker.log_images({name: [image]}, step=step)
+
+
+def _track_video(tracker: Any, name: str, path: Path, step: int) -> None:
+    if tracker.name == "wandb":
+        import wandb
+
+        tracker.log({name: wandb.Video(str(path))}, step=step)
 
 
 def _plain(value: Any) -> Any:

@@ -168,7 +168,7 @@ class Run:
             f"{accelerator.gradient_accumulation_steps} accumulated x {per_process}; {self.num_items} items",
             f"{self.total_steps} optimizer steps ({epochs:.1f} epochs), precision {accelerator.mixed_precision}, "
             f"device {accelerator.device}",
-            f"resumed from {resume_point} at step {self.step}" if resume_point else "fresh start",
+            f"resumed from {resume_point} at step {self.step}" if resume_point else f"fresh start at step {self.step}",
             f"checkpoints, {METRICS}, pictures and export go to {self.output_dir.resolve()}",
         ]
 

@@ -1,4 +1,7 @@
-"""Image quality against a reference: PSNR, SSIM, LPIPS. Inputs are RGB in [0, 1], results are one value per image."""
+"""Quality against a reference: PSNR, SSIM, LPIPS of images, flicker of clips.
+
+Inputs are RGB in [0, 1], results are one value per image or clip.
+"""
 
 import hashlib
 import logging
@@ -66,6 +69,21 @@ def ssim(pred: Tensor, target: Tensor) -> Tensor:
     return per_channel.view(len(pred), -1).mean(dim=1)  # (B,)
 
 
+def flicker(pred: Tensor, target: Tensor) -> Tensor:
+    """Temporal flicker: mean |(p[t + 1] - p[t]) - (x[t + 1] - x[t])|: (B, C, T, H, W) in [0, 1] -> (B,).
+
+    0 where every change in time is that of the target, whatever the error of single frames, and for one frame.
+    """
+    if pred.ndim != 5 or pred.shape != target.shape:
+        raise ValueError(
+            f"pred and target must have one shape (B, C, T, H, W), got {tuple(pred.shape)} and {tuple(target.shape)}"
+        )
+    if pred.shape[2] == 1:
+        return torch.zeros(len(pred), dtype=torch.float64, device=pred.device)
+    changes = (pred.double() - target.double()).diff(dim=2)  # (B, C, T - 1, H, W)
+    return changes.abs().mean(dim=(1, 2, 3, 4))  # (B,)
+
+
 class LpipsUnavailable(RuntimeError):
     """LPIPS cannot be computed here; the message says which file to get and where to put it."""
 
@@ -81,13 +99,19 @@ class Lpips:
 
     @classmethod
     def load(
-        cls, net: str = "alex", backbone_weights: str | Path | None = None, device: str | torch.device = "cpu"
+        cls,
+        net: str = "alex",
+        backbone_weights: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        spatial: bool = False,
     ) -> "Lpips":
         """Build the metric on the torchvision net "alex" or "vgg".
 
         Args:
             backbone_weights: state dict of torchvision's AlexNet or VGG16 (.pth or .safetensors); None takes the file
                 in the cache of torch.hub and, unless HF_HUB_OFFLINE is set, tries to download it there.
+            spatial: each layer's map is resized to the image's size before the mean is taken, as video autoencoders are
+                evaluated; it differs in the third digit.
 
         Raises:
             LpipsUnavailable: there are no such weights, and why.
@@ -99,11 +123,15 @@ class Lpips:
             import lpips
         except ImportError as error:
             raise LpipsUnavailable(f"LPIPS needs the package lpips, which does not load: {error}") from error
-        weights = _read_weights(_find_weights(net, backbone_weights))
+        path = find_backbone_weights(net, backbone_weights)
+        try:
+            weights = read_state_dict(path)
+        except ValueError as error:
+            raise LpipsUnavailable(f"LPIPS: {error}; check validation.lpips_weights.") from error
         # The random initial weights are overwritten; they must not shift the random numbers of the run.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips names torchvision's arguments in a way that torchvision deprecates
-            model = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
+            model = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, spatial=spatial, verbose=False)
         _load_backbone(model.net, weights, net)
         return cls(model.eval().requires_grad_(False).to(device))
 
@@ -114,10 +142,12 @@ class Lpips:
         device = next(self.model.parameters()).device
         pred, target = (x.to(device, torch.float32) * 2 - 1 for x in (pred, target))
         with torch.autocast(device.type, enabled=False):
-            return self.model(pred, target).flatten()  # (B, 1, 1, 1) -> (B,)
+            return self.model(pred, target).flatten(1).mean(dim=1)  # (B, 1, 1 or H, 1 or W) -> (B,)
 
 
-def lpips_for_all(net: str, backbone_weights: str | Path | None, processes: Processes) -> Lpips | None:
+def lpips_for_all(
+    net: str, backbone_weights: str | Path | None, processes: Processes, spatial: bool = False
+) -> Lpips | None:
     """LPIPS on every process, or None on every process with the reason in the log; called on all of them.
 
     Raises:
@@ -127,7 +157,7 @@ def lpips_for_all(net: str, backbone_weights: str | Path | None, processes: Proc
     for turn in (True, False):  # the main process downloads first
         if processes.is_main_process is turn:
             try:
-                metric = Lpips.load(net, backbone_weights, processes.device)
+                metric = Lpips.load(net, backbone_weights, processes.device, spatial)
             except LpipsUnavailable as error:
                 if backbone_weights is not None:
                     raise
@@ -141,13 +171,17 @@ def lpips_for_all(net: str, backbone_weights: str | Path | None, processes: Proc
     return None
 
 
-def _find_weights(net: str, backbone_weights: str | Path | None) -> Path:
-    """The backbone's file: the given one, the cached one, or a fresh download into the cache."""
+def find_backbone_weights(net: str, backbone_weights: str | Path | None, setting: str = "lpips_weights") -> Path:
+    """File of the ImageNet weights of "alex" or "vgg": the given one, the cached one, or a new download into the cache.
+
+    Raises:
+        LpipsUnavailable: there is none, and why; `setting` is what the message tells to set.
+    """
     from torchvision.models import AlexNet_Weights, VGG16_Weights
 
     url = {"alex": AlexNet_Weights, "vgg": VGG16_Weights}[net].IMAGENET1K_V1.url
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    remedy = f"download {url} and put it to {cached}, or set lpips_weights to where it is"
+    remedy = f"download {url} and put it to {cached}, or set {setting} to where it is"
     if backbone_weights is not None:
         if not Path(backbone_weights).is_file():
             raise LpipsUnavailable(f"LPIPS ({net}): the weights {backbone_weights} are not a file: {remedy}.")
@@ -182,7 +216,12 @@ def _download(url: str, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, of a .safetensors file or one of `torch.save`, on the CPU; no code of the file is run.
+
+    Raises:
+        ValueError: it cannot be read, and why.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -191,9 +230,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # truncated archives, pickles with code and other formats raise a dozen types
         reason = str(error).strip().split("\n")[0]
-        raise LpipsUnavailable(
-            f"LPIPS: {path} cannot be read as a state dict ({reason}); check validation.lpips_weights."
-        ) from error
+        raise ValueError(f"{path} cannot be read as a state dict ({reason})") from error
 
 
 def _load_backbone(slices: torch.nn.Module, weights: dict[str, Tensor], net: str) -> None:

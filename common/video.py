@@ -10,7 +10,7 @@ the rest both libraries return the same bytes.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +24,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 EXIF_ORIENTATION = 0x0112
 BACKENDS = ("auto", "decord", "pyav")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HEADER_SHORTFALL = 0.95  # a clip with less than this share of the frames that its header announces is called truncated
 
 
@@ -51,6 +53,32 @@ def _require_file(path: str | os.PathLike) -> None:
         raise MediaError(path, "is not a file" if os.path.exists(path) else "no such file")
     if os.path.getsize(path) == 0:
         raise MediaError(path, "the file is empty (0 bytes)")
+
+
+def find_files(folder: str | os.PathLike, suffixes: Sequence[str]) -> list[Path]:
+    """Files with one of the `suffixes`, in lower or upper case, in `folder` and the folders in it, also linked ones.
+
+    Sorted by their paths from there. Hidden files and folders are passed over; a folder with several links to it counts
+    once. Raises FileNotFoundError if there is no such folder, and OSError for one that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} (from {Path.cwd()}) is not a folder")
+    found, visited = [], set()
+    for place, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        # Sorted, so that it is the same one of several links everywhere. Every ext4 disk has a lost+found.
+        subfolders[:] = sorted(name for name in subfolders if name[0] != "." and name != "lost+found")
+        found += [Path(place, name) for name in files if name[0] != "." and name.lower().endswith(tuple(suffixes))]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 @contextmanager
@@ -288,6 +316,8 @@ def _open(path: str | os.PathLike, num_threads: int = 1) -> Iterator[tuple[Any, 
             stream = container.streams.best("video")
             if stream is None:
                 raise MediaError(path, "holds no video stream")
+            if stream.codec_context is None:
+                raise MediaError(path, "its codec is unknown")
             stream.codec_context.options = {"err_detect": "explode"}  # otherwise damaged frames are patched up silently
             stream.codec_context.thread_count = num_threads
             if num_threads > 1:
@@ -494,12 +524,13 @@ def write_video(
     *,
     codec: str = "libx264",
     crf: int = 18,
+    options: Mapping[str, str] | None = None,
 ) -> None:
     """Write uint8 RGB frames (T, H, W, 3) as a yuv420p clip; the suffix selects the container (.mp4).
 
     4:2:0 needs even sizes: with an odd size the last column or row is repeated once. `crf` is the constant quality (0
-    is the best; 18 is hard to tell from the source). Makes parent folders; the file appears whole. Raises ValueError
-    for other arrays and for no frames.
+    is the best; 18 is hard to tell from the source); `options` are more of FFmpeg's options for the codec. Makes parent
+    folders; the file appears whole. Raises ValueError for other arrays and for no frames.
     """
     import av
     from av.video.reformatter import ColorRange, Colorspace
@@ -515,7 +546,7 @@ def write_video(
     movflags = {"movflags": "faststart"} if path.suffix.lower() in (".mp4", ".mov") else {}
     with _atomic(path) as temporary, av.open(str(temporary), "w", container_options=movflags) as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream: Any = container.add_stream(codec, rate=rate, options={"crf": str(crf)})
+        stream: Any = container.add_stream(codec, rate=rate, options={"crf": str(crf), **(options or {})})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         # FFmpeg converts RGB with the BT.601 matrix; players would guess BT.709 for large frames.
         stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG

@@ -53,19 +53,19 @@ class Demo:
     Attributes:
         trainer: name of its folder.
         train: the documented training command, run from the data folder.
-        use: the command that uses the trained weights, run from the data folder.
+        use: the commands that use the trained weights, by title, run from the data folder.
         steps, interrupt_after_steps: optimizer steps of `train`, and after how many it is stopped and resumed.
         checkpoint_flags: for make_tiny_checkpoints.py.
         pictures: for the report, once all is done.
         written: what lies where, for the report.
-        shown_lines_of_use: last lines of the output of `use` that go to the terminal.
+        shown_lines_of_use: last lines of the output of the last of `use` that go to the terminal.
     """
 
     trainer: str
     title: str
     explanation: str
     train: Callable[[Places], list[str]]
-    use: Callable[[Places], list[str]]
+    use: Callable[[Places], dict[str, list[str]]]
     steps: int
     interrupt_after_steps: int
     metric: Metric
@@ -97,11 +97,11 @@ def refiner_training(places: Places) -> list[str]:
     return command + REFINER_SAMPLING
 
 
-def refiner_repair(places: Places) -> list[str]:
+def refiner_repair(places: Places) -> dict[str, list[str]]:
     command = [sys.executable, str(ROOT / "gaussian_refiner" / "infer.py")]
     command += ["--pretrained_model_name_or_path", str(places.run / "export")]
     command += ["--input", "example_kitti.json", "--output", str(places.result)]
-    return command + REFINER_SAMPLING
+    return {"use": command + REFINER_SAMPLING}
 
 
 def refiner_pictures(places: Places) -> list[Pictures]:
@@ -167,7 +167,71 @@ REFINER = Demo(
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-DEMOS = (REFINER,)
+# vae
+
+VAE_STEPS, VAE_DISC_START = 600, 400
+VAE_CLIP = {"RESOLUTION": "64", "NUM_FRAMES": "17"}
+
+
+def vae_training(places: Places) -> list[str]:
+    """A random network of 0.3 M weights on clips of 64 px, at a higher rate than the large one of 317 M would bear."""
+    command = ["bash", str(ROOT / "vae" / "examples" / "train_ddp.sh")]
+    command += ["--model_config", str(places.checkpoint / "wfvae-tiny.json"), "--output_dir", str(places.run)]
+    command += ["--video_path", str(places.data / "videos"), "--eval_video_path", str(places.data / "test_video")]
+    command += ["--resolution", VAE_CLIP["RESOLUTION"], "--num_frames", "9", "--batch_size", "2", "--lr", "2e-3"]
+    command += ["--eval_resolution", VAE_CLIP["RESOLUTION"], "--eval_num_frames", VAE_CLIP["NUM_FRAMES"]]
+    command += ["--max_steps", str(VAE_STEPS), "--disc_start", str(VAE_DISC_START), "--eval_steps", "200"]
+    command += ["--perceptual_weight", "0", "--ema_decay", "0.98", "--lr_scheduler", "cosine", "--lr_warmup_steps", "10"]
+    command += ["--save_ckpt_step", "10000", "--report_to", "none", "--log_steps", "1", "--clip_grad_norm", "2000"]
+    return command
+
+
+def vae_evaluation(places: Places) -> dict[str, list[str]]:
+    settings = {**VAE_CLIP, "EXP_NAME": "demo", "CKPT": str(places.run / "export")}
+    settings |= {"DATASET_DIR": str(places.data / "test_video"), "METRIC": "psnr,ssim,flicker"}
+    environment = ["env", *(f"{name}={value}" for name, value in settings.items())]
+    scripts = {"reconstruct": "gen_video.sh", "evaluate": "eval.sh"}
+    return {
+        title: [*environment, "bash", str(ROOT / "vae" / "examples" / script)] for title, script in scripts.items()
+    }
+
+
+def vae_pictures(places: Places) -> list[Pictures]:
+    folder = places.run / "validation"
+    steps = (0, VAE_DISC_START, VAE_STEPS)
+    rows = [[folder / f"step-{step:06d}" / f"{item:03d}.png"] for item in range(3) for step in steps]
+    heading = f"frames in time, input | reconstruction; after steps {', '.join(map(str, steps))} for each clip"
+    return [Pictures("Held-out clips", (heading,), rows)]
+
+
+VAE = Demo(
+    trainer="vae",
+    title="vae: a video autoencoder",
+    explanation=(
+        "A WFVAE with 0.3 million random weights instead of 317 million learns to compress clips made of photographs 4 "
+        "times in time and 8 x 8 times in space, first without, then with a discriminator, and is measured on held-out "
+        "clips of other photographs. The PSNR is meant to rise far above that of step 0. The reconstructions are then "
+        "written and measured by the two documented scripts."
+    ),
+    train=vae_training,
+    use=vae_evaluation,
+    steps=VAE_STEPS,
+    interrupt_after_steps=150,
+    metric=Metric("psnr", "PSNR (dB)", {}),
+    pictures=vae_pictures,
+    written=lambda places: {
+        "losses and metrics": places.run / "metrics.jsonl",
+        "checkpoints": places.run / f"checkpoint-{VAE_STEPS}",
+        "clips and frames of every validation": places.run / "validation",
+        "trained autoencoder": places.run / "export",
+        "reconstructed clips": places.data / "video_gen",
+    },
+    shown_lines_of_use=8,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEMOS = (REFINER, VAE)
 
 
 def run_demo(demo: Demo, output: Path) -> Part:
@@ -188,7 +252,10 @@ def run_demo(demo: Demo, output: Path) -> Part:
     commands.append(interrupted)
     resume = [*train, "--resume_from_checkpoint", "latest"]
     commands.append(run_step("resume", resume, places.data, output, demo, progress=places.run))
-    commands.append(run_step("use", demo.use(places), places.data, output, demo, show=demo.shown_lines_of_use))
+    uses = demo.use(places)
+    for title, command in uses.items():
+        shown = demo.shown_lines_of_use if title == list(uses)[-1] else 0
+        commands.append(run_step(title, command, places.data, output, demo, show=shown))
     return Part(
         trainer=demo.trainer,
         title=demo.title,

@@ -1,7 +1,7 @@
 """Tries every item of a data set before it is trained on, and lists the usable ones and what is wrong with the others.
 
     python scripts/doctor.py pairs data/example_kitti.json --data_root data
-    python scripts/doctor.py videos clips --processes 8 --timeout_s 20
+    python scripts/doctor.py videos clips --processes 8 --timeout_s 20 --min_frames 34 --min_side_px 256
 
 Items are read in processes of their own, so one that crashes or hangs its decoder is found and named like any other.
 Writes to the output folder: results.jsonl (one line per item; a second run only looks at files that are new or have
@@ -10,6 +10,7 @@ are not, 2 for wrong usage, 130 after Ctrl-C.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -22,12 +23,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from common.doctor import Check, Item, Result, scan
-from common.video import image_size, probe_video, read_frames
+from common.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_files, image_size, load_image, probe_video, read_frames
 from gaussian_refiner.data import BUCKETS, IMAGE_KEYS, Pair, choose_bucket, load_crops, read_pairs, window_places
 
 SMALLEST_SIDE_PX = 64
 LARGEST_ASPECT_DIFFERENCE = 0.05
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 SHOWN_REASONS = 10
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,33 +72,37 @@ def check_pair(pair: Pair) -> None:
 
 
 def list_videos(path: Path, data_root: Path | None) -> list[Item]:
-    """Every clip in a folder and the folders in it, also linked ones, by its path from there.
+    """Every clip and image in a folder and the folders in it, also linked ones, by its path from there.
 
-    Raises ValueError or FileNotFoundError if there is none, and for a `data_root`, which would mean nothing.
+    Hidden files and folders do not count. Raises ValueError or FileNotFoundError if there is none, and for a
+    `data_root`, which would mean nothing.
     """
     if data_root is not None:
         raise ValueError("--data_root is for pairs; the clips of videos are searched in PATH itself")
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder; videos needs the folder that the clips are in")
-    found, visited = [], set()
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        found += [Path(folder, name) for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
+    suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+    found = find_files(path, suffixes)
     if not found:
-        raise ValueError(f"{path} holds no clip; looked for *{', *'.join(VIDEO_SUFFIXES)} in it and the folders in it")
-    return [Item(clip.relative_to(path).as_posix(), (clip,), clip) for clip in sorted(found)]
+        raise ValueError(f"{path} holds no clip; looked for *{', *'.join(suffixes)} in it and the folders in it")
+    return [Item(clip.relative_to(path).as_posix(), (clip,), clip) for clip in found]
 
 
-def check_video(path: Path) -> None:
-    """Raises ValueError if the clip cannot be probed, or its first, middle or last frame cannot be read."""
+def check_video(path: Path, min_frames: int = 1, min_side_px: int = 1) -> None:
+    """Raises ValueError for a clip that is too short or too small, that cannot be probed, or whose first, middle or
+    last frame cannot be read. An image is a clip of one frame."""
     if "\n" in path.as_posix():
         raise ValueError(f"{path}: the name holds a line break, which a list of names cannot hold; rename it")
-    last = probe_video(path).num_frames - 1
-    read_frames(path, sorted({0, last // 2, last}))
+    if path.name.lower().endswith(IMAGE_SUFFIXES):
+        num_frames, (width, height) = 1, load_image(path).size
+    else:
+        info = probe_video(path)
+        num_frames, width, height = info.num_frames, info.width_px, info.height_px
+        read_frames(path, sorted({0, (num_frames - 1) // 2, num_frames - 1}), backend="pyav")  # decord conceals damage
+    if num_frames < min_frames:
+        raise ValueError(f"{path}: the number of its frames is {num_frames}, but --min_frames is {min_frames}")
+    if min(width, height) < min_side_px:
+        raise ValueError(f"{path}: is {width}x{height} px, but --min_side_px is {min_side_px}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,15 +149,18 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 def examine(kind: str, items: Sequence[Item], check: Check, arguments: argparse.Namespace) -> list[Result]:
     """Results in the order of the items: those that an earlier run has left, and new ones, which are written at once.
 
-    A failed item is tried again where it may now take longer than before.
+    A failed item is tried again where it may now take longer than before, and all are where other limits hold.
     """
     path, timeout_s = arguments.output / "results.jsonl", arguments.timeout_s
+    limits = [arguments.min_frames, arguments.min_side_px]
     stamps = [stamp_of(item.files) for item in items]
     records = {} if arguments.again else read_records(path)
     results: dict[int, Result] = {}
     for index, item in enumerate(items):
         record = records.get((kind, item.name))
-        if record and record["files"] == stamps[index] and (record["ok"] or record["timeout_s"] >= timeout_s):
+        if record is None or record["files"] != stamps[index] or record.get("limits") != limits:
+            continue
+        if record["ok"] or record["timeout_s"] >= timeout_s:
             results[index] = Result(item.name, record["ok"], record["reason"], record["seconds"])
     todo = [index for index in range(len(items)) if index not in results]
     tqdm.monitor_interval = 0  # no thread beside those that fork
@@ -162,7 +169,7 @@ def examine(kind: str, items: Sequence[Item], check: Check, arguments: argparse.
         def note(position: int, result: Result) -> None:
             index = todo[position]
             results[index] = result
-            record = {"kind": kind, **vars(result), "timeout_s": timeout_s, "files": stamps[index]}
+            record = {"kind": kind, **vars(result), "timeout_s": timeout_s, "limits": limits, "files": stamps[index]}
             append_record(path, record)
             bar.update()
             bar.set_postfix(unusable=sum(not r.ok for r in results.values()), refresh=False)
@@ -218,6 +225,19 @@ def table(report: dict[str, Any], output: Path) -> str:
     return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
+def check_arguments(arguments: argparse.Namespace) -> None:
+    for name in ("processes", "min_frames", "min_side_px"):
+        value = getattr(arguments, name)
+        if value < 1:
+            raise ValueError(f"--{name} is {value}, but must be at least 1")
+        if value > 1 and name != "processes" and arguments.kind != "videos":
+            raise ValueError(f"--{name} is for videos")
+    if not 0 < arguments.timeout_s < float("inf"):
+        raise ValueError(f"--timeout_s is {arguments.timeout_s:g}, but must be above 0 and finite")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise ValueError(f"--output is {arguments.output}, which is a file; name a folder")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
@@ -226,17 +246,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="items read at a time")
     parser.add_argument("--timeout_s", type=float, default=60.0, help="how long reading one item may take")
     parser.add_argument("--data_root", type=Path, help="pairs: where the relative paths of the list start")
+    parser.add_argument("--min_frames", type=int, default=1, help="videos: the least that a clip must have")
+    parser.add_argument("--min_side_px", type=int, default=1, help="videos: the least width and height")
     parser.add_argument("--again", action="store_true", help="look also at files that have not changed")
     arguments = parser.parse_args(argv)
     list_items, check = KINDS[arguments.kind]
     try:
-        if arguments.processes < 1:
-            raise ValueError(f"--processes is {arguments.processes}, but must be at least 1")
-        if not 0 < arguments.timeout_s < float("inf"):
-            raise ValueError(f"--timeout_s is {arguments.timeout_s:g}, but must be above 0 and finite")
+        check_arguments(arguments)
+        if arguments.kind == "videos":
+            limits = {"min_frames": arguments.min_frames, "min_side_px": arguments.min_side_px}
+            check = functools.partial(check, **limits)
         items = list_items(arguments.path, arguments.data_root)
-        if arguments.output.exists() and not arguments.output.is_dir():
-            raise ValueError(f"--output is {arguments.output}, which is a file; name a folder")
         arguments.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"doctor: {error}", file=sys.stderr)

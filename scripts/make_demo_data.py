@@ -4,18 +4,23 @@ The photographs come with scikit-image (`pip install -e '.[demo]'`).
 
     python scripts/make_demo_data.py
     python scripts/make_demo_data.py --output runs/demo/data --only gaussian_refiner --items 48
+    python scripts/make_demo_data.py --output runs/demo/data --only vae
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from common.video import write_video
+
 # Files in the data folder of scikit-image.
 STEREO_PAIR = ("motorcycle_left.png", "motorcycle_right.png")
+STEREO_DISPARITY = "motorcycle_disp.npz"
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "rocket.jpg", "coffee.png")
 
 # Left, top, right, bottom in pixels; may lie between pixels.
@@ -24,6 +29,10 @@ Box = tuple[float, float, float, float]
 
 def read_photograph(name: str) -> Image.Image:
     """The RGB photograph `name` of the scikit-image package."""
+    return Image.open(_data_file(name)).convert("RGB")
+
+
+def _data_file(name: str) -> Path:
     try:
         import skimage
     except ModuleNotFoundError:
@@ -36,7 +45,7 @@ def read_photograph(name: str) -> Image.Image:
             f"{path} does not exist: scikit-image {skimage.__version__} comes without this photograph; "
             "install the version named in pyproject.toml"
         )
-    return Image.open(path).convert("RGB")
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,12 +182,135 @@ def _soft_patches(rng: np.random.Generator, shape: tuple[int, int], coverage: fl
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# vae: a folder of clips to train on, and one of clips to reconstruct, in different containers, codecs, sizes and rates
+
+NTSC = Fraction(30000, 1001)
+# File, photograph (the stereo pair is seen by a camera that moves sideways), motion, (width, height) in pixels, frames,
+# rate in frames per second.
+TRAINING_CLIPS = (
+    ("parallax/motorcycle_wide.mp4", STEREO_PAIR[0], "parallax", (160, 96), 60, 30),
+    ("parallax/motorcycle_close.webm", STEREO_PAIR[0], "parallax", (128, 128), 48, 24),
+    ("parallax/upright/motorcycle.mov", STEREO_PAIR[0], "parallax", (96, 128), 48, NTSC),
+    ("pan/astronaut.mp4", "astronaut.png", "pan", (128, 96), 48, 24),
+    ("pan/rocket.avi", "rocket.jpg", "pan", (144, 112), 50, 25),
+    ("pan/stars.webm", "hubble_deep_field.jpg", "pan", (128, 96), 40, 30),
+    ("zoom/chelsea.mkv", "chelsea.png", "zoom", (160, 120), 50, 25),
+    ("zoom/astronaut.avi", "astronaut.png", "zoom", (112, 112), 40, 30),
+    ("turn/rocket.mp4", "rocket.jpg", "turn", (128, 128), 60, 60),
+    ("turn/stars.MP4", "hubble_deep_field.jpg", "turn", (128, 96), 48, NTSC),
+)
+TEST_CLIPS = (
+    ("coffee_pan.mp4", "coffee.png", "pan", (128, 96), 48, 24),
+    ("coffee_zoom.webm", "coffee.png", "zoom", (128, 128), 40, 30),
+    ("camera_turn.avi", "camera.png", "turn", (144, 112), 40, 25),
+    ("coins_pan.mp4", "coins.png", "pan", (128, 96), 40, 30),
+)
+# Codec and its options. x264's macroblock tree does not give the same bits every time, MPEG-4 shows blocks at its usual
+# bit rate, and VP9 at its usual speed takes a second per clip.
+X264 = ("libx264", {"x264-params": "mbtree=0"})
+ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".mp4": X264,
+    ".mkv": X264,
+    ".mov": X264,
+    ".avi": ("mpeg4", {"b": "4000000"}),
+    ".webm": ("libvpx-vp9", {"cpu-used": "5"}),
+}
+SUPERSAMPLING = 2
+STEREO_REDUCTION = 2  # the views are still larger than the clips, and made four times faster
+
+
+def make_vae_data(directory: Path, seed: int = 0) -> Path:
+    """Writes `videos/`, ten clips in nested folders, and `test_video/`, four of other photographs; returns the former.
+
+    The camera moves over photographs, and past the motorcycle with its true parallax. All clips have 40 to 60 frames
+    with sides of 96 to 160 px. The same arguments give the same pixels.
+    """
+    for number, (folder, clips) in enumerate((("videos", TRAINING_CLIPS), ("test_video", TEST_CLIPS))):
+        for index, (name, photograph, motion, size_px, num_frames, fps) in enumerate(clips):
+            rng = np.random.default_rng([seed, number, index])
+            path = Path(directory, folder, name)
+            frames = np.stack(list(_filmed(rng, photograph, motion, size_px, num_frames)))  # (T, H, W, 3)
+            codec, options = ENCODERS[path.suffix.lower()]
+            write_video(path, frames, fps, codec=codec, options=options)
+    return Path(directory, "videos")
+
+
+def _filmed(
+    rng: np.random.Generator, name: str, motion: str, size_px: tuple[int, int], num_frames: int
+) -> Iterator[np.ndarray]:
+    """Frames uint8 (H, W, 3) of a camera that speeds up, slows down and never shows anything beyond the photograph."""
+    photograph, disparity = read_photograph(name), None
+    if motion == "parallax":
+        photograph, disparity = photograph.reduce(STEREO_REDUCTION), _disparity_px(STEREO_REDUCTION)
+    # The largest window that fits at any angle that is reached.
+    largest_angle = rng.uniform(0.15, 0.4) * rng.choice((-1, 1)) if motion == "turn" else 0.0
+    cos, sin = np.cos(largest_angle), abs(np.sin(largest_angle))
+    width, height = size_px
+    fitting = min(photograph.width / (width * cos + height * sin), photograph.height / (width * sin + height * cos))
+    start, end = (0.6, 0.6) if motion in ("pan", "parallax") else (0.95, rng.uniform(0.4, 0.55))
+    towards = rng.uniform(0.25, 1, 2) * rng.choice((-1, 1), 2)  # share of the free way to the edges
+    for t in np.linspace(0, 1, num_frames):
+        eased = t * t * (3 - 2 * t)
+        scale = fitting * (start * (1 - eased) + end * eased)  # photograph's pixels per pixel of the clip
+        angle = largest_angle * (2 * eased - 1)
+        reach = (scale / fitting) * np.array(photograph.size) / 2
+        centre = np.array(photograph.size) / 2 + (2 * eased - 1) * towards * (np.array(photograph.size) / 2 - reach)
+        view = photograph if disparity is None else _view_between(photograph, disparity, eased)
+        yield _window(view, centre, scale, angle, size_px)
+
+
+def _window(image: Image.Image, centre: np.ndarray, scale: float, angle: float, size_px: tuple[int, int]) -> np.ndarray:
+    """A window of an image, turned by `angle` and `scale` times as large as the result: uint8 (H, W, 3)."""
+    large = (size_px[0] * SUPERSAMPLING, size_px[1] * SUPERSAMPLING)
+    a, b = scale / SUPERSAMPLING * np.cos(angle), scale / SUPERSAMPLING * np.sin(angle)
+    x = centre[0] - a * large[0] / 2 - b * large[1] / 2
+    y = centre[1] + b * large[0] / 2 - a * large[1] / 2
+    window = image.transform(large, Image.Transform.AFFINE, (a, b, x, -b, a, y), Image.Resampling.BICUBIC)
+    return np.asarray(window.resize(size_px, Image.Resampling.BOX))
+
+
+def _disparity_px(reduction: int) -> np.ndarray:
+    """How much further left each pixel of the left view is in the right one, both reduced: (H, W), without gaps."""
+    disparity = np.load(_data_file(STEREO_DISPARITY))["arr_0"][::reduction, ::reduction] / reduction
+    return _filled_from_the_sides(np.where(np.isfinite(disparity), disparity, np.nan))
+
+
+def _filled_from_the_sides(disparity: np.ndarray) -> np.ndarray:
+    """NaN becomes the lesser of the nearest values on its left and on its right: what lies behind."""
+    columns = np.arange(disparity.shape[1])
+    known = ~np.isnan(disparity)
+    left = np.maximum.accumulate(np.where(known, columns, -1), axis=1)
+    right = np.minimum.accumulate(np.where(known, columns, len(columns))[:, ::-1], axis=1)[:, ::-1]
+    padded = np.pad(disparity, ((0, 0), (1, 1)), constant_values=np.inf)
+    sides = np.minimum(np.take_along_axis(padded, left + 1, 1), np.take_along_axis(padded, right + 1, 1))
+    return np.where(np.isfinite(sides), sides, 0.0)
+
+
+def _view_between(left: Image.Image, disparity: np.ndarray, place: float) -> Image.Image:
+    """What a camera between the left (0) and the right view (1) of the stereo pair sees, out of the left view."""
+    height, width = disparity.shape
+    rows, columns = np.indices(disparity.shape)
+    order = np.argsort(disparity, axis=None, kind="stable")  # near points last: they hide what is behind them
+    target = np.round(columns - place * disparity).astype(int).ravel()[order]
+    inside = (target >= 0) & (target < width)
+    seen = np.full(disparity.shape, np.nan)
+    seen[rows.ravel()[order][inside], target[inside]] = disparity.ravel()[order][inside]
+    source = np.clip(columns + place * _filled_from_the_sides(seen), 0, width - 1.001)  # (H, W)
+    whole = source.astype(int)
+    share = (source - whole)[..., None]  # (H, W, 1)
+    pixels = np.asarray(left, np.float32)
+    between = pixels[rows, whole] * (1 - share) + pixels[rows, whole + 1] * share  # (H, W, 3)
+    return Image.fromarray(between.round().astype(np.uint8))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
     "gaussian_refiner": lambda directory, arguments: make_refiner_data(
         directory, arguments.items, arguments.seed, arguments.wide
     ),
+    "vae": lambda directory, arguments: make_vae_data(directory, arguments.seed),
 }
 
 
@@ -186,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo/data"), help="one folder per trainer in it")
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS), metavar="TRAINER")
-    parser.add_argument("--items", type=int, default=48)
+    parser.add_argument("--items", type=int, default=48, help="gaussian_refiner: how many triples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--wide", action="store_true", help="gaussian_refiner: every twelfth item in KITTI-360's aspect"

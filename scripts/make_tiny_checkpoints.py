@@ -360,12 +360,35 @@ def _scale_latents(vae: AutoencoderKL, photographs: list[torch.Tensor]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# vae: a WFVAE is trained from scratch, so its json is all that is needed
+
+TINY_WFVAE = {
+    "_class_name": "WFVAEModel",
+    "latent_dim": 8,
+    "base_channels": 16,
+    "encoder_num_resblocks": 1,
+    "encoder_energy_flow_hidden_size": 8,
+    "decoder_num_resblocks": 1,
+    "decoder_energy_flow_hidden_size": 8,
+    "norm_type": "layernorm",
+    "t_interpolation": "trilinear",
+}
+
+
+def make_vae_config(directory: Path) -> Path:
+    """Writes `wfvae-tiny.json`, the configuration of a WFVAE of some 300,000 weights; returns its folder."""
+    write_json(directory / "wfvae-tiny.json", TINY_WFVAE)
+    return directory
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
     "gaussian_refiner": lambda directory, arguments: make_refiner_checkpoint(
         directory, arguments.seed, arguments.vae_fit_steps
     ),
+    "vae": lambda directory, arguments: make_vae_config(directory),
 }
 
 

@@ -190,7 +190,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> demo.Demo:
         title="toy",
         explanation="",
         train=lambda places: [*launcher, str(places.run)],
-        use=lambda places: [],
+        use=lambda places: {},
         steps=20,
         interrupt_after_steps=4,
         metric=METRIC,
@@ -249,7 +249,7 @@ def test_every_demo_is_a_trainer_of_the_repository() -> None:
     for entry in demo.DEMOS:
         assert (demo.ROOT / entry.trainer / "train.py").is_file()
         assert 0 < entry.interrupt_after_steps < entry.steps
-    assert [entry.trainer for entry in demo.DEMOS] == ["gaussian_refiner"]
+    assert [entry.trainer for entry in demo.DEMOS] == ["gaussian_refiner", "vae"]
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from PIL import Image
 
 from common.doctor import Item, Result, scan
 from common.video import write_video
+from vae.data import list_videos
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "common"))
+from test_video import CLIPS, NUM_FRAMES, encode, pan  # noqa: E402
 
 
 def deed(content: str) -> None:
@@ -272,13 +275,16 @@ def test_reasons_are_grouped_without_files_and_numbers():
         (["videos", "absent"], "doctor: absent is not a folder; videos needs the folder that the clips are in\n"),
         (
             ["videos", "."],
-            "doctor: . holds no clip; looked for *.mp4, *.mkv, *.webm, *.avi, *.mov in it and the folders in it\n",
+            "doctor: . holds no clip; looked for *.mp4, *.avi, *.webm, *.mkv, *.mov, *.m4v, *.png, *.jpg, *.jpeg, "
+            "*.webp, *.bmp in it and the folders in it\n",
         ),
         (
             ["videos", ".", "--data_root", "x"],
             "doctor: --data_root is for pairs; the clips of videos are searched in PATH itself\n",
         ),
         (["videos", ".", "--processes", "0"], "doctor: --processes is 0, but must be at least 1\n"),
+        (["videos", ".", "--min_frames", "0"], "doctor: --min_frames is 0, but must be at least 1\n"),
+        (["pairs", "x.json", "--min_side_px", "64"], "doctor: --min_side_px is for videos\n"),
         (["videos", ".", "--timeout_s", "-2"], "doctor: --timeout_s is -2, but must be above 0 and finite\n"),
     ],
 )
@@ -370,6 +376,67 @@ def test_videos(tmp_path):
     assert reasons["empty.webm"] == f"{clips}/empty.webm: the file is empty (0 bytes)"
     assert reasons["sub/cut.mp4"].startswith(f"{clips}/sub/cut.mp4: ")
     assert reasons["two\nlines.mp4"].endswith("a line break, which a list of names cannot hold; rename it")
+
+
+@pytest.fixture(scope="module")
+def odd_clips(tmp_path_factory) -> Path:
+    """Clips of many codecs, 10-bit, turned, at a varying rate, of odd sizes, of one frame; images; and broken files."""
+    import av
+
+    folder = tmp_path_factory.mktemp("clips")
+    kinds = {name: row for name, row in CLIPS.items() if not name.endswith((".ts", ".h264"))}
+    for name, (size, options, _) in kinds.items():
+        (folder / name.partition(".")[2]).mkdir(exist_ok=True)
+        encode(folder / name.partition(".")[2] / name, pan(*size), **options)
+    encode(folder / "odd_71x53.webm", pan(53, 71), codec="libvpx-vp9", options={"cpu-used": "8"})
+    encode(folder / "turned.mp4", pan(64, 96), rotation=90)
+    encode(folder / "one_frame.mp4", pan(64, 96)[:1])
+    save(folder / "image.png", 96, 64)
+    (folder / "hidden").mkdir()
+    save(folder / "hidden" / ".thumbnail.jpg", 96, 64)
+    whole = (folder / "mkv" / "b_frames.mkv").read_bytes()
+    (folder / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.png").write_bytes((folder / "image.png").read_bytes()[:3000])
+    (folder / "zero.webm").touch()
+    with av.open(str(folder / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return folder
+
+
+def test_videos_of_many_kinds_and_the_trainers_use_of_the_allow_list(odd_clips, tmp_path):
+    command = ["videos", str(odd_clips), "--output", str(tmp_path)]
+    assert doctor.main(command) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    reasons = {item["name"]: item["reason"] for item in report["unusable_items"]}
+    assert list(reasons) == ["cut.mkv", "cut.png", "sound.mp4", "zero.webm"]
+    assert reasons["cut.mkv"].startswith(f"{odd_clips}/cut.mkv: truncated: the header announces")
+    assert reasons["cut.png"].startswith(f"{odd_clips}/cut.png: cannot be read as an image (")
+    assert reasons["sound.mp4"] == f"{odd_clips}/sound.mp4: holds no video stream"
+    assert reasons["zero.webm"] == f"{odd_clips}/zero.webm: the file is empty (0 bytes)"
+    listed = list_videos(odd_clips, tmp_path / "allow-list.txt", images=True)
+    everything = list_videos(odd_clips, images=True)
+    assert len(listed) == report["usable"] == len(everything) - 4 > 20
+    assert [path for path in everything if path not in listed] == [odd_clips / name for name in reasons]
+    # The same files under other limits are looked at again.
+    assert doctor.main([*command, "--min_frames", "2", "--min_side_px", "64"]) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    reasons = {item["name"]: item["reason"] for item in report["unusable_items"]}
+    assert list(reasons) == [
+        "cut.mkv", "cut.png", "image.png", "odd_71x53.webm", "one_frame.mp4", "sound.mp4", "zero.webm",
+    ]  # fmt: skip
+    one_frame = f"{odd_clips}/one_frame.mp4: the number of its frames is 1, but --min_frames is 2"
+    assert reasons["one_frame.mp4"] == one_frame
+    assert reasons["odd_71x53.webm"] == f"{odd_clips}/odd_71x53.webm: is 71x53 px, but --min_side_px is 64"
+    before = (tmp_path / "results.jsonl").stat().st_size
+    assert doctor.main([*command, "--min_frames", "2", "--min_side_px", "64"]) == 1
+    assert (tmp_path / "results.jsonl").stat().st_size == before
+    assert doctor.main([*command, "--min_frames", str(NUM_FRAMES + 1)]) == 1
+    with pytest.raises(ValueError, match="allow-list.txt is empty"):
+        list_videos(odd_clips, tmp_path / "allow-list.txt")
 
 
 def test_file_names_that_are_not_utf8_keep_their_bytes(tmp_path):

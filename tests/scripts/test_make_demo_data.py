@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.video import probe_video, read_frames
+
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 
 KINDS = ("render", "gt", "cond")
@@ -112,3 +114,82 @@ def test_command_line_writes_the_named_trainers(tmp_path, capsys):
     make_demo_data.main(["--output", str(tmp_path), "--only", "gaussian_refiner", "--items", "3"])
     assert capsys.readouterr().out == f"{tmp_path / 'gaussian_refiner' / 'example_kitti.json'}\n"
     assert len(json.loads((tmp_path / "gaussian_refiner" / "example_kitti.json").read_text())["gt"]) == 3
+
+
+# vae ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    videos = make_demo_data.make_vae_data(tmp_path_factory.mktemp("data") / "vae")
+    assert videos.name == "videos"
+    return videos.parent
+
+
+def clips_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("folder", "clips"), [("videos", make_demo_data.TRAINING_CLIPS), ("test_video", make_demo_data.TEST_CLIPS)]
+)
+def test_clips_are_as_announced_and_their_motion_is_smooth(vae_folder, folder, clips):
+    assert clips_in(vae_folder / folder) == sorted(row[0] for row in clips)
+    for name, _, _, size_px, num_frames, fps in clips:
+        info = probe_video(vae_folder / folder / name)
+        assert ((info.width_px, info.height_px), info.num_frames) == (size_px, num_frames), name
+        assert info.fps == pytest.approx(float(fps)) and 40 <= num_frames <= 60, name
+        frames = read_frames(vae_folder / folder / name, range(num_frames)).astype(np.int16)  # (T, H, W, 3)
+        assert frames.std() > 10, name
+        steps = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))  # (T - 1,)
+        assert np.abs(frames[0] - frames[-1]).mean() > 10, name
+        assert np.abs(np.diff(steps)).max() < 0.5 * steps.max(), name  # no cut
+
+
+def test_test_clips_show_other_photographs():
+    training, test = ({row[1] for row in clips} for clips in (make_demo_data.TRAINING_CLIPS, make_demo_data.TEST_CLIPS))
+    assert not training & test
+    assert len({Path(row[0]).name for row in make_demo_data.TEST_CLIPS}) == len(make_demo_data.TEST_CLIPS)
+
+
+def test_views_of_the_camera_lie_inside_the_photographs(monkeypatch, tmp_path):
+    def checked_window(image, centre, scale, angle, size_px):
+        half = scale / 2 * np.array(size_px)
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        corners = centre + np.array([(x, y) for x in (-1, 1) for y in (-1, 1)]) * half @ turn.T
+        assert corners.min() > -1e-6 and (corners < np.array(image.size) + 1e-6).all()
+        return np.zeros((size_px[1], size_px[0], 3), np.uint8)
+
+    monkeypatch.setattr(make_demo_data, "_window", checked_window)
+    monkeypatch.setattr(make_demo_data, "write_video", lambda *arguments, **options: None)
+    monkeypatch.setattr(make_demo_data, "_view_between", lambda left, disparity, place: left)
+    for seed in range(3):
+        make_demo_data.make_vae_data(tmp_path, seed)
+
+
+def test_the_stereo_pairs_other_view_is_reproduced():
+    left, right = (make_demo_data.read_photograph(name).reduce(2) for name in make_demo_data.STEREO_PAIR)
+    disparity = make_demo_data._disparity_px(2)
+    assert disparity.shape == (left.height, left.width) and 3 < disparity.min() < disparity.max() < 30
+    assert np.array_equal(np.asarray(make_demo_data._view_between(left, disparity, 0.0)), np.asarray(left))
+    made = np.asarray(make_demo_data._view_between(left, disparity, 1.0), np.float64)
+    shown = slice(0, 330)  # what lies further right is beyond the left view's edge
+    errors = [np.square(image - np.asarray(right, np.float64))[:, shown].mean() for image in (left, made)]
+    assert errors[1] < errors[0] / 6
+
+
+def test_same_seed_gives_the_same_clips(vae_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(make_demo_data, "TRAINING_CLIPS", make_demo_data.TRAINING_CLIPS[:3])
+    monkeypatch.setattr(make_demo_data, "TEST_CLIPS", make_demo_data.TEST_CLIPS[:3])
+    again, other = (make_demo_data.make_vae_data(tmp_path / str(seed), seed).parent for seed in (0, 1))
+    for name in clips_in(again):
+        frames = [read_frames(folder / name, [0, 15, 39]) for folder in (vae_folder, again, other)]
+        assert np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
+
+
+def test_command_line_makes_the_vaes_clips(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(make_demo_data, "TRAINING_CLIPS", ())
+    monkeypatch.setattr(make_demo_data, "TEST_CLIPS", make_demo_data.TEST_CLIPS[:1])
+    make_demo_data.main(["--output", str(tmp_path), "--only", "vae"])
+    assert capsys.readouterr().out == f"{tmp_path / 'vae' / 'videos'}\n"
+    assert clips_in(tmp_path) == ["vae/test_video/coffee_pan.mp4"]

@@ -1,0 +1,312 @@
+"""Training as users start it: the documented script, resume, stages, exports, and what bad input is told."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from vae.models.load import load_model
+
+from vae import upstream
+from vae.train import main
+
+VAE = Path(__file__).parents[2] / "vae"
+BIN = Path(sys.executable).parent
+RESULTS = (
+    "step kind loss grad_norm lr epoch psnr ssim flicker nll_loss kl_loss wl_loss g_loss d_weight rec_per_pixel lpips"
+)
+RESULTS = {*RESULTS.split(), "latents_std", "disc_loss", "logits_real", "logits_fake"}
+SMALL = "--resolution 32 --num_frames 9 --sample_rate 1 --dataset_num_worker 0 --report_to none --log_steps 1"
+EVALUATED = "--eval_resolution 32 --eval_num_frames 9 --eval_batch_size 2 --eval_subset_size 4"
+OPTIMIZERS = ("optimizer.bin", "optimizer_1.bin")
+
+
+@pytest.fixture
+def flags(videos: Path, tiny_json: Path, clean_process: None) -> list[str]:
+    """A small run without LPIPS, generator and discriminator taking turns from the start."""
+    return [
+        *f"--model_name WFVAE --model_config {tiny_json} --video_path {videos} {SMALL} --mix_precision fp32".split(),
+        *"--perceptual_weight 0 --disc_start 0 --wavelet_loss --ema --lr 1e-3".split(),
+    ]
+
+
+def train(*words: object) -> None:
+    """One training run in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    main([str(word) for word in words])
+
+
+def launch(*words: object, processes: int = 1, status: int = 0) -> str:
+    """A training run under torchrun; returns what it printed."""
+    launcher = [BIN / "torchrun", "--standalone", f"--nproc_per_node={processes}"]
+    command = [str(word) for word in [*launcher, VAE / "train_ddp.py", *words]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode == 0) == (status == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    """metrics.jsonl without the clock's readings."""
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k in RESULTS} for record in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
+    """Both networks, the average and both optimizers are equal bit for bit."""
+    for name in ("vae", "vae_ema", "discriminator"):
+        expected, found = weights(theirs / name), weights(ours / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+    for name in OPTIMIZERS:
+        expected, found = (torch.load(d / name, weights_only=True)["state"] for d in (theirs, ours))
+        assert found.keys() == expected.keys()
+        for index, state in expected.items():
+            assert all(torch.equal(torch.as_tensor(found[index][k]), torch.as_tensor(v)) for k, v in state.items())
+
+
+# The documented script ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_documented_script(
+    processes: int, videos: Path, tiny_json: Path, vgg_weights: Path, tmp_path: Path
+) -> None:
+    words = [f"--video_path {videos} --eval_video_path {videos} --model_config {tiny_json} {SMALL} {EVALUATED}"]
+    words += [
+        f"--ckpt_dir {tmp_path} --max_steps 4 --save_ckpt_step 2 --mix_precision fp32 --vgg_weights {vgg_weights}"
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUM_PROCESSES": str(processes)}
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    script = ["bash", "examples/train_ddp.sh", *" ".join(words).split()]
+    done = subprocess.run(script, cwd=VAE, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no LPIPS in validation" in done.stderr and f"global batch {processes} = " in done.stderr
+    run = tmp_path / "WFVAE-lr1.00e-05-bs1-rs32-sr1-fr9"
+    records = metrics(run)
+    assert [(r["step"], r["kind"]) for r in records] == [
+        (0, "validation"),
+        (1, "train"),
+        (2, "train_discriminator"),
+        (3, "train"),
+        (4, "train_discriminator"),
+        (4, "validation"),
+    ]
+    assert records[1]["lpips"] > 0 and records[1]["wl_loss"] > 0 and records[1]["d_weight"] > 0
+    assert {"psnr", "ssim", "flicker"} <= set(records[0])
+    pictures = {path.name for path in (run / "validation" / "step-000004").iterdir()}
+    assert {"sheet.png", "000.mp4", "001.mp4", "003.png"} <= pictures and "002.mp4" not in pictures
+    assert {p.name for p in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    exported, averaged = weights(run / "export"), weights(run / "checkpoint-4" / "vae_ema")
+    assert all(torch.equal(exported[key], averaged[key]) for key in averaged)
+    for folder in ("export", "checkpoint-4/vae", "checkpoint-4/vae_ema"):
+        assert load_model(run / folder).latent_channels == 4
+
+
+# Going on -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_exact_across_the_alternation(flags: list[str], tmp_path: Path, precision: str) -> None:
+    flags += [
+        "--mix_precision",
+        precision,
+        "--max_steps",
+        "6",
+        "--save_ckpt_step",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+    ]
+    train(*flags, "--output_dir", tmp_path / "whole")
+    for step in (3, 4):  # the next step is the discriminator's, the generator's
+        cut = tmp_path / f"cut-{step}"
+        shutil.copytree(tmp_path / "whole", cut)
+        shutil.rmtree(cut / "export")
+        for newer in range(step + 1, 7):
+            shutil.rmtree(cut / f"checkpoint-{newer}")
+        train(*flags, "--output_dir", cut, "--resume_from_checkpoint", "latest")
+        assert metrics(cut) == metrics(tmp_path / "whole")
+        assert_same_checkpoint(cut / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
+
+
+def test_kills_in_steps_of_both_kinds(flags: list[str], tmp_path: Path) -> None:
+    flags += ["--max_steps", "10", "--save_ckpt_step", "1", "--resume_from_checkpoint", "latest"]
+    train(*flags, "--output_dir", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    command = [sys.executable, str(VAE / "train_ddp.py"), *flags, "--output_dir", str(killed)]
+    for after_step in (3, 6):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (killed / f"checkpoint-{after_step}").exists():
+            time.sleep(0.005)
+        time.sleep(0.01 * after_step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (killed / "export").exists()
+    train(*flags, "--output_dir", killed)
+    assert_same_checkpoint(killed / "checkpoint-10", tmp_path / "whole" / "checkpoint-10")
+    assert metrics(killed) == metrics(tmp_path / "whole")
+
+
+def test_processes_and_accumulation_change_nothing(flags: list[str], tmp_path: Path) -> None:
+    flags += ["--max_steps", "4", "--batch_size", "1"]
+    for processes, accumulation in ((1, 4), (2, 2), (4, 1)):
+        folder = tmp_path / f"{processes}x{accumulation}"
+        launch(*flags, "--gradient_accumulation_steps", accumulation, "--output_dir", folder, processes=processes)
+    reference = metrics(tmp_path / "1x4")
+    assert [record["kind"] for record in reference] == ["train", "train_discriminator"] * 2
+    for name in ("2x2", "4x1"):
+        for ours, expected in zip(metrics(tmp_path / name), reference, strict=True):
+            assert ours["kind"] == expected["kind"]
+            for key in expected.keys() - {"kind"}:
+                assert ours[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), (name, expected["step"], key)
+        for part in ("vae", "discriminator"):
+            found, expected = (weights(tmp_path / n / "checkpoint-4" / part) for n in (name, "1x4"))
+            for key in expected:
+                if "running" not in key and "tracked" not in key:  # statistics that nothing uses, of each process
+                    torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=3e-3, msg=f"{name} {key}")
+
+
+def test_an_original_checkpoint_is_written_and_resumed_from(flags: list[str], tmp_path: Path) -> None:
+    flags += ["--save_ckpt_step", "3", "--max_steps", "6"]
+    train(*flags, "--output_dir", tmp_path / "whole")
+    ckpt = tmp_path / "ckpt" / "checkpoint-3.ckpt"
+    upstream.main([str(tmp_path / "whole" / "checkpoint-3"), str(ckpt)])
+    content = torch.load(ckpt, weights_only=True)
+    assert set(content) == {
+        "epoch", "current_step", "optimizer_state", "state_dict", "ema_state_dict", "scaler_state", "sampler_state"
+    }  # fmt: skip
+    assert set(content["state_dict"]) == {"gen_model", "dics_model"}
+    assert all(name.startswith("module.") for name in content["ema_state_dict"])
+    assert "discriminator.main.0.weight" in content["state_dict"]["dics_model"]
+
+    train(*flags, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", ckpt)
+    assert metrics(tmp_path / "resumed") == [record for record in metrics(tmp_path / "whole") if record["step"] > 3]
+    assert_same_checkpoint(tmp_path / "resumed" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
+
+    model, average = upstream.load_ckpt_model(ckpt.parent), weights(tmp_path / "whole" / "checkpoint-3" / "vae_ema")
+    assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
+    train(*flags, "--output_dir", tmp_path / "more", "--max_steps", "1", "--pretrained_model_name_or_path", ckpt.parent,
+          "--ignore_mismatched_sizes")  # fmt: skip
+
+
+def test_a_new_stage_refreshes_what_it_is_told_to(flags: list[str], tmp_path: Path) -> None:
+    flags += ["--save_ckpt_step", "3"]
+    train(*flags, "--output_dir", tmp_path / "one", "--max_steps", "3")
+    first = tmp_path / "one" / "checkpoint-3"
+    stage = [*flags, "--resume_from_checkpoint", first, "--not_resume_discriminator", "--max_steps", "4"]
+    train(*stage, "--output_dir", tmp_path / "two")
+    second = tmp_path / "two" / "checkpoint-4"  # its one step was the discriminator's
+    own, before = weights(second / "vae"), weights(first / "vae")
+    assert all(torch.equal(own[key], before[key]) for key in before)
+    states = [torch.load(folder / "optimizer_1.bin", weights_only=True)["state"] for folder in (first, second)]
+    assert [float(state[0]["step"]) for state in states] == [1, 1]
+    train(*flags, "--resume_from_checkpoint", first, "--not_resume_training_process", "--not_resume_optimizer",
+          "--max_steps", "1", "--output_dir", tmp_path / "three")  # fmt: skip
+    assert [record["step"] for record in metrics(tmp_path / "three")] == [1]
+    state = torch.load(tmp_path / "three" / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"]
+    assert float(state[0]["step"]) == 1
+
+
+# Switches -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_encoder_stays_with_two_processes(flags: list[str], tmp_path: Path) -> None:
+    flags += ["--freeze_encoder", "--max_steps", "4", "--save_ckpt_step", "1", "--output_dir", str(tmp_path / "run")]
+    launch(*flags, processes=2)
+    first, last = (weights(tmp_path / "run" / f"checkpoint-{step}" / "vae") for step in (1, 4))
+    changed = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    assert changed == {"decoder"}
+
+
+def test_chunks_change_nothing(flags: list[str], tmp_path: Path) -> None:
+    flags += ["--max_steps", "3"]
+    train(*flags, "--output_dir", tmp_path / "whole")
+    train(*flags, "--output_dir", tmp_path / "chunks", "--enable_tiling")
+    for ours, expected in zip(metrics(tmp_path / "chunks"), metrics(tmp_path / "whole"), strict=True):
+        for key in expected.keys() - {"kind"}:
+            assert ours[key] == pytest.approx(expected[key], rel=1e-3), key
+
+
+def test_the_loss_counts_its_terms(flags: list[str], tmp_path: Path) -> None:
+    train(*flags, "--output_dir", tmp_path / "run", "--max_steps", "1", "--disc_start", "100")
+    (record,) = metrics(tmp_path / "run")
+    expected = record["nll_loss"] + 1e-6 * record["kl_loss"] + 0.1 * record["wl_loss"]
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    assert record["nll_loss"] == pytest.approx(record["rec_per_pixel"] * 3 * 32 * 32, rel=1e-5)
+    assert record["d_weight"] == record["g_loss"] == 0
+
+
+def test_broken_files_are_replaced_and_named(flags: list[str], videos: Path, tmp_path: Path) -> None:
+    shutil.copytree(videos, tmp_path / "videos")
+    whole = (tmp_path / "videos" / "part0" / "0.mp4").read_bytes()
+    (tmp_path / "videos" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "videos" / "empty.webm").touch()
+    words = ["--video_path", tmp_path / "videos", "--max_bad_fraction", "0.5", "--max_steps", "10"]
+    train(*flags, *words, "--output_dir", tmp_path / "run", "--disc_start", "1000")
+    records = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert {Path(record["files"][0]).name for record in records} == {"cut.mp4", "empty.webm"}
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (["--num_frames", "10"], ["--num_frames 10", "use 9 or 13"]),
+        (["--resolution", "36"], ["--resolution 36", "use 32 or 40"]),
+        (["--video_path", "nowhere"], ["--video_path nowhere is not a folder"]),
+        (["--model_config", "nowhere.json"], ["--model_config", "nowhere.json"]),
+        (["--perceptual_weight", "1"], ["--vgg_weights names a file", "--perceptual_weight 0"]),
+        (["--resume_from_checkpoint", "nowhere.ckpt"], ["nowhere.ckpt is not a file"]),
+        (["--resume_from_checkpoint", "checkpoint-9"], ["there is no checkpoint 'checkpoint-9'"]),
+        (["--load_disc_from_checkpoint", "nowhere"], ["neither a .ckpt file nor a checkpoint folder"]),
+        (["--batch_size", "9"], ["the batch is larger than the data"]),
+    ],
+)
+def test_bad_input_is_refused_at_start(
+    flags: list[str], words: list[str], texts: list[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(SystemExit) as ended:
+        train(*flags, *words, "--output_dir", tmp_path / "run", "--max_steps", "1")
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert "error: " in printed
+    for text in texts:
+        assert text in printed
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_a_damaged_ckpt_is_refused_without_running_its_code(tmp_path: Path) -> None:
+    import pickle
+
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    path = tmp_path / "x.ckpt"
+    for content in (pickle.dumps(Code()), b"", b"PK\x03\x04 torn"):
+        path.write_bytes(content)
+        with pytest.raises(upstream.CheckpointError, match="is no checkpoint of the original's layout, or is damaged"):
+            upstream.read_ckpt(path)
+    torch.save({"state_dict": {"unet": {}}}, path)
+    with pytest.raises(upstream.CheckpointError, match="gen_model"):
+        upstream.read_ckpt(path)
+    assert not (tmp_path / "executed").exists()

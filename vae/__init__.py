@@ -1,0 +1,1 @@
+"""Video autoencoders: WFVAE and CausalVAE, trained with a GAN loss, reconstructed, evaluated."""

@@ -1,0 +1,289 @@
+"""Training, from the command line to the exported weights; reads top to bottom."""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from common import loop, runtime
+from common.checkpoint import CheckpointError, read_weights
+from common.config import find_file
+from common.data import SamplePlan, rng_for
+from common.metrics import Lpips, LpipsUnavailable, find_backbone_weights, lpips_for_all, read_state_dict
+from common.optim import EMA, Learner, build_adamw, lr_schedule
+from common.preflight import preflight
+from common.replay import replay
+from common.runtime import Processes
+from common.video import contact_sheet
+from vae import upstream
+from vae.config import DISCRIMINATORS, PARSER, VaeCheckpoint, VaeConfig, resolved
+from vae.data import Clips, EvalClips, list_videos
+from vae.models.discriminator import NLayerDiscriminator, NLayerDiscriminator3D, RealAndFake
+from vae.models.load import build_model, load_model
+from vae.models.perceptual import PerceptualLoss
+from vae.models.wfvae import WFVAE
+from vae.task import SHEET_CLIPS, SHEET_FRAMES, VaeTask
+
+logger = logging.getLogger(__name__)
+
+MEMORY_KNOBS = (
+    "batch_size (raise gradient_accumulation_steps to match), resolution or num_frames, or use --enable_tiling, "
+    "--mix_precision bf16, --use_8bit_adam, --offload_ema"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains as the command line says; see `--help`."""
+    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
+    config = resolved(config)
+    with runtime.clear_errors():
+        if config.run.preflight:
+            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
+        train(config, warnings)
+
+
+def draw_samples(config: VaeConfig) -> np.ndarray:
+    """A contact sheet of the first clips that training will see."""
+    clips, rows = training_data(config), []
+    for number in range(min(len(clips), SHEET_CLIPS)):
+        video = (
+            clips.sample(number, rng_for(config.run.seed, "augmentation", number))["video"] / 2 + 0.5
+        )  # (3, T, R, R)
+        chosen = np.linspace(0, video.shape[1] - 1, min(SHEET_FRAMES, video.shape[1])).round().astype(int)
+        rows.append([video[:, index] for index in chosen])
+    return contact_sheet(rows)
+
+
+def training_data(config: VaeConfig) -> Clips:
+    """The training clips of a configuration."""
+    data = config.data
+    root = _folder(data.video_path, "--video_path")
+    paths = list_videos(root, data.allow_list, images=data.num_frames == 1)
+    return Clips(
+        paths,
+        root,
+        data.num_frames,
+        data.resolution,
+        data.sample_rate,
+        data.dynamic_sample,
+        short_clips=data.short_clips,
+    )
+
+
+def validation_data(config: VaeConfig) -> EvalClips | None:
+    """The validation clips; None without a folder."""
+    validation = config.validation
+    if validation.eval_video_path is None:
+        return None
+    root = _folder(validation.eval_video_path, "--eval_video_path")
+    return EvalClips(
+        list_videos(root, images=validation.eval_num_frames == 1),
+        root,
+        validation.eval_num_frames,
+        validation.eval_resolution,
+        validation.eval_sample_rate,
+        subset_size=validation.max_validation_items or 0,
+    )
+
+
+def _folder(path: str | None, setting: str) -> Path:
+    if not Path(str(path)).is_dir():
+        raise FileNotFoundError(f"{setting} {path} is not a folder (looked from {Path.cwd()})")
+    return Path(str(path))
+
+
+def load_vae(config: VaeConfig) -> Any:
+    """The autoencoder to start from: a json's network, a pretrained folder, or a folder with a .ckpt file.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError: files are absent or do not belong together, or the network
+            cannot take the clips' size; the text names the nearest sizes that it can.
+    """
+    model, data, validation = config.model, config.data, config.validation
+    json_path = find_file(model.model_config, "--model_config") if model.model_config else None
+    vae = build_model(model.model_name, json.loads(json_path.read_text())) if json_path else None
+    if model.pretrained_model_name_or_path:
+        folder = _folder(model.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+        if vae is not None:
+            _load_fitting(vae, folder)
+        elif upstream.find_ckpt(folder):
+            vae = upstream.load_ckpt_model(folder, model.model_name)
+        else:
+            vae = load_model(folder, model.model_name)
+    assert vae is not None, "the configuration's check lets no other case pass"
+    _check_size(vae, "", data.num_frames, data.resolution)
+    if validation.eval_video_path:
+        _check_size(vae, "eval_", validation.eval_num_frames, validation.eval_resolution)
+    if model.enable_tiling:
+        vae.enable_tiling()
+    if model.freeze_encoder:
+        for module in vae.encoder_modules():
+            module.requires_grad_(False)
+    return vae
+
+
+def _check_size(vae: Any, prefix: str, num_frames: int, resolution: int) -> None:
+    try:
+        vae.check_size(num_frames, resolution, resolution)
+    except ValueError as error:
+        raise ValueError(f"--{prefix}num_frames {num_frames}, --{prefix}resolution {resolution}: {error}") from None
+
+
+def _load_fitting(vae: nn.Module, folder: Path) -> None:
+    """Weights of a folder into a network of another configuration, where name and shape agree."""
+    ckpt = upstream.find_ckpt(folder)
+    weights = upstream.read_ckpt(ckpt).vae if ckpt else read_weights(folder)
+    own = vae.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    vae.load_state_dict(fitting, strict=False)
+    fresh = sorted(own.keys() - fitting.keys())
+    logger.warning("%d of %d tensors start at random, e.g. %s", len(fresh), len(own), ", ".join(fresh[:5]) or "none")
+
+
+def load_adversary(config: VaeConfig) -> RealAndFake:
+    """The discriminator, fresh or from another run's checkpoint."""
+    is_3d = DISCRIMINATORS[config.loss.discriminator_class] == 3
+    adversary = RealAndFake(NLayerDiscriminator3D() if is_3d else NLayerDiscriminator())
+    if source := config.model.load_disc_from_checkpoint:
+        upstream.load_strictly(adversary, _discriminator_weights(Path(source)), source)
+    return adversary
+
+
+def _discriminator_weights(source: Path) -> dict[str, Tensor]:
+    if source.suffix == ".ckpt":
+        return upstream.read_ckpt(source).discriminator
+    folder = source / "discriminator"
+    if not folder.is_dir():
+        raise CheckpointError(f"--load_disc_from_checkpoint {source} is neither a .ckpt file nor a checkpoint folder")
+    return read_weights(folder)
+
+
+def load_perceptual(config: VaeConfig, accelerator: Processes) -> PerceptualLoss | None:
+    """LPIPS on VGG16 as a loss; None at weight 0. The main process downloads first.
+
+    Raises:
+        LpipsUnavailable: there are no weights; the text says how to get them.
+    """
+    if not config.loss.perceptual_weight:
+        return None
+    found = None
+    for turn in (True, False):
+        if accelerator.is_main_process is turn:
+            try:
+                found = PerceptualLoss.load(
+                    read_state_dict(find_backbone_weights("vgg", config.loss.vgg_weights)), accelerator.device
+                )
+            except (LpipsUnavailable, ValueError) as error:
+                raise LpipsUnavailable(
+                    f"{error} (The loss needs it: --vgg_weights names a file, --perceptual_weight 0 does without)"
+                ) from error
+        accelerator.wait_for_everyone()
+    return found
+
+
+def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
+    """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
+    config = loop.aside_if_replaying(config)
+    accelerator = runtime.start(
+        config.run,
+        config.optim.gradient_accumulation_steps,
+        find_unused_parameters=config.model.find_unused_parameters,
+    )
+    stop = runtime.stop_signal(accelerator, config.run)
+    for warning in warnings if accelerator.is_main_process else ():
+        logger.warning("%s", warning)
+    output_dir, device = Path(str(config.run.output_dir)), accelerator.device
+
+    # Data: clips to train on, clips to look at.
+    clips, eval_clips = training_data(config), validation_data(config)
+    global_batch = loop.batch_of(accelerator, config)
+    loop.require_enough_items(len(clips), config.data.batch_size, accelerator.num_processes)
+    plan = SamplePlan(len(clips), config.run.seed, global_batch)
+
+    # The networks. Initial weights follow from the seed, so that they are the same on all processes.
+    runtime.seed_model_randomness(config.run.seed, 0)
+    bare_vae, bare_adversary = load_vae(config), load_adversary(config)
+    if config.loss.wavelet_loss and not isinstance(bare_vae, WFVAE):
+        logger.warning("--wavelet_loss has no effect: %s gives no coefficients to compare", type(bare_vae).__name__)
+    perceptual = load_perceptual(config, accelerator)
+
+    # The run folder, and where it was left off.
+    runtime.require_shared_folder(accelerator, output_dir)
+    fingerprint = clips.fingerprint()
+    source = upstream.source_of_parts(config.checkpoint)
+    resume_config = dataclasses.replace(config, checkpoint=_fresh(config.checkpoint)) if source else config
+    resume_point = loop.find_resume_point(accelerator, resume_config, output_dir, fingerprint)
+
+    # An optimizer for each of the two, learning rate, moving average.
+    vae_optimizer = build_adamw(upstream.trained_parameters(bare_vae), config.optim, device)
+    adversary_optimizer = build_adamw(bare_adversary.parameters(), config.optim, device)
+    vae, adversary, vae_optimizer, adversary_optimizer = accelerator.prepare(
+        bare_vae.train(), bare_adversary.train(), vae_optimizer, adversary_optimizer
+    )
+    total_steps = loop.total_steps(config.run, len(clips), global_batch)
+    learning_rate = lr_schedule(config.optim, total_steps, global_batch)
+    ema = None
+    if config.optim.use_ema:
+        ema = EMA(bare_vae, config.optim.ema_decay, config.optim.offload_ema, warmup=False)
+    max_norm = config.optim.max_grad_norm
+    learners = {
+        "model": Learner(vae, vae_optimizer, learning_rate, max_norm, ema),
+        "discriminator": Learner(adversary, adversary_optimizer, learning_rate, max_norm),
+    }
+    begin_at = {}
+    if source:
+        parts = upstream.read_parts(source, config.checkpoint)
+        optimizers = (vae_optimizer, adversary_optimizer)
+        upstream.restore(parts, bare_vae, bare_adversary, optimizers, ema, accelerator.scaler, str(source))
+        begin_at = {"step": parts.step, "sample": parts.step * global_batch if parts.sample is None else parts.sample}
+
+    # Resume, say what is about to happen, train.
+    run = loop.open_run(
+        accelerator,
+        config,
+        stop,
+        models={"vae": bare_vae, "discriminator": bare_adversary},
+        learners=learners,
+        num_items=len(clips),
+        fingerprint=fingerprint,
+        resume_point=resume_point,
+        memory_knobs=MEMORY_KNOBS,
+        **begin_at,
+    )
+    task = VaeTask(
+        config,
+        accelerator,
+        vae,
+        bare_vae,
+        adversary,
+        bare_adversary,
+        perceptual,
+        eval_clips,
+        run.log,
+        stop,
+        lpips=_lpips(config, accelerator),
+    )
+    loader = loop.open_loader(run, clips, plan)
+    if config.run.replay:
+        replay(run, task, loader, Path(config.run.replay))
+    else:
+        loop.fit(run, task, loader, learners)
+    run.end()
+
+
+def _fresh(checkpoint: VaeCheckpoint) -> VaeCheckpoint:
+    return dataclasses.replace(checkpoint, resume_from_checkpoint=None)
+
+
+def _lpips(config: VaeConfig, accelerator: Processes) -> Lpips | None:
+    validation = config.validation
+    if validation.eval_video_path is None or not validation.eval_lpips:
+        return None
+    return lpips_for_all("alex", validation.lpips_weights, accelerator, spatial=True)

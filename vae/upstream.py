@@ -1,0 +1,269 @@
+"""The original's single-file checkpoints: read safely, and written from a checkpoint folder of ours.
+
+    python upstream.py results/.../checkpoint-5000 checkpoint-5000.ckpt
+
+A file is a pickled dictionary: `state_dict` with `gen_model` and `dics_model` (so spelt), `optimizer_state`,
+`ema_state_dict` (names start with `module.`), `scaler_state`, `sampler_state`, `epoch`, `current_step`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pickle
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.checkpoint import CheckpointError, problems_of, read_state, read_weights
+from common.optim import EMA
+from common.runtime import clear_errors
+from vae.config import VaeCheckpoint
+from vae.models.load import build_model
+
+logger = logging.getLogger(__name__)
+
+EMA_PREFIX, DISCRIMINATOR_PREFIX = "module.", "discriminator."
+OPTIMIZERS = ("optimizer.bin", "optimizer_1.bin")  # in the order of `accelerator.prepare`
+PART_FLAGS = ("not_resume_training_process", "not_resume_optimizer", "not_resume_discriminator")
+
+
+@dataclass
+class UpstreamCheckpoint:
+    """What a .ckpt file holds.
+
+    Attributes:
+        vae, loss: state dicts; `loss` has `logvar`, `discriminator.*` and `perceptual_loss.*`.
+        ema: averaged parameters by their names in the autoencoder; empty without one.
+        vae_optimizer, discriminator_optimizer, scaler: their states; empty where absent.
+        step: optimizer steps done, of both kinds.
+        sample: samples consumed; None where the file does not tell.
+    """
+
+    vae: dict[str, Tensor]
+    loss: dict[str, Tensor] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    vae_optimizer: dict[str, Any] = field(default_factory=dict)
+    discriminator_optimizer: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    sample: int | None = None
+
+    @property
+    def discriminator(self) -> dict[str, Tensor]:
+        """The discriminator's tensors, with its prefix."""
+        return {name: value for name, value in self.loss.items() if name.startswith(DISCRIMINATOR_PREFIX)}
+
+
+def read_ckpt(path: Path) -> UpstreamCheckpoint:
+    """A .ckpt file of the original; no code in it is run.
+
+    Raises:
+        CheckpointError: it is not there, is damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        states = content["state_dict"]
+        optimizers = content.get("optimizer_state") or {}
+        return UpstreamCheckpoint(
+            vae=dict(states["gen_model"]),
+            loss=dict(states.get("dics_model") or {}),
+            ema={name.removeprefix(EMA_PREFIX): value for name, value in (content.get("ema_state_dict") or {}).items()},
+            vae_optimizer=optimizers.get("gen_optimizer") or {},
+            discriminator_optimizer=optimizers.get("disc_optimizer") or {},
+            scaler=content.get("scaler_state") or {},
+            step=int(content.get("current_step", 0)),
+        )
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
+        raise CheckpointError(f"{path} is no checkpoint of the original's layout, or is damaged ({reason})") from error
+
+
+def find_ckpt(folder: Path) -> Path | None:
+    """The .ckpt file of a folder, None if it has none; of several the one with the highest step in its name."""
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
+    if len(found) > 1:
+        logger.info("%s holds %d .ckpt files; %s is used", folder, len(found), found[-1].name)
+    return found[-1] if found else None
+
+
+def load_ckpt_model(path: Path, model_name: str | None = None, model_config: str | Path | None = None) -> nn.Module:
+    """The autoencoder of a .ckpt file: averaged weights where it has them, unless NOT_USE_EMA_MODEL is set.
+
+    Args:
+        path: the file, or a folder with one.
+        model_name: WFVAE, CausalVAE or WFVAE2; None is what the config says.
+        model_config: json; None is `config.json` beside the file.
+
+    Raises:
+        CheckpointError: there is no such file, or its weights are not those of the config's network.
+        FileNotFoundError: there is no config.
+    """
+    ckpt_path = find_ckpt(path) if path.is_dir() else path
+    if ckpt_path is None:
+        raise CheckpointError(f"{path} holds no .ckpt file")
+    config_path = Path(model_config) if model_config else ckpt_path.with_name("config.json")
+    if not config_path.is_file():
+        raise FileNotFoundError(
+            f"{config_path} is not there: a .ckpt file holds no configuration; put the network's json beside it as "
+            "config.json, or name it with --model_config"
+        )
+    ckpt = read_ckpt(ckpt_path)
+    model = build_model(model_name, json.loads(config_path.read_text()))
+    load_strictly(model, ckpt.vae, str(ckpt_path))
+    if ckpt.ema and "NOT_USE_EMA_MODEL" not in os.environ:
+        load_strictly(model, {**model.state_dict(), **ckpt.ema}, f"the average in {ckpt_path}")
+    return model
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """`load_state_dict` whose error says what differs; CheckpointError."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        differences = [line.strip() for line in str(error).splitlines()[1:4]]
+        what = f"{type(module).__name__}: {' '.join(differences)[:600]}"
+        raise CheckpointError(f"{source} does not hold the weights of this {what}") from None
+
+
+def trained_parameters(vae: Any) -> list[nn.Parameter]:
+    """The autoencoder's trained parameters in the order in which the original's optimizer numbers them."""
+    modules = [*vae.decoder_modules(), *vae.encoder_modules()]
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+def source_of_parts(checkpoint: VaeCheckpoint) -> Path | None:
+    """The .ckpt file or folder from which a new run takes parts; None where a run is resumed as a whole, or is fresh.
+
+    With `latest` the flags that leave parts out have done their work when the run began.
+    """
+    wanted, leaves_out = checkpoint.resume_from_checkpoint, any(getattr(checkpoint, flag) for flag in PART_FLAGS)
+    if not wanted or wanted == "latest":
+        if leaves_out:
+            logger.warning("--not_resume_* flags count when a run begins, not when it goes on with `latest`")
+        return None
+    return Path(wanted) if leaves_out or wanted.endswith(".ckpt") else None
+
+
+def read_parts(source: Path, checkpoint: VaeCheckpoint) -> UpstreamCheckpoint:
+    """What a new run takes from a .ckpt file or from a checkpoint folder of ours, as the flags say."""
+    parts = read_ckpt(source) if source.suffix == ".ckpt" else read_folder(source)
+    if checkpoint.not_resume_discriminator:
+        parts.loss, parts.discriminator_optimizer = {}, {}
+    if checkpoint.not_resume_optimizer:
+        parts.vae_optimizer = {}
+    if checkpoint.not_resume_training_process:
+        parts.step, parts.sample = 0, 0
+    return parts
+
+
+def read_folder(folder: Path) -> UpstreamCheckpoint:
+    """A checkpoint folder of ours in the same form; CheckpointError if it is not whole."""
+    problems = problems_of(folder)
+    if problems:
+        raise CheckpointError(f"{folder} cannot be used: {'; '.join(problems[:3])}")
+    state, scaler = read_state(folder), folder / "scaler.pt"
+    vae_optimizer, discriminator_optimizer = (
+        torch.load(folder / name, map_location="cpu", weights_only=True) for name in OPTIMIZERS
+    )
+    logvar = {"logvar": torch.tensor(float(state["config"]["loss"]["logvar_init"]))}
+    return UpstreamCheckpoint(
+        vae=read_weights(folder / "vae"),
+        loss=logvar | read_weights(folder / "discriminator"),
+        ema=_averages(folder) if (folder / "vae_ema").is_dir() else {},
+        vae_optimizer=vae_optimizer,
+        discriminator_optimizer=discriminator_optimizer,
+        scaler=torch.load(scaler, weights_only=True) if scaler.exists() else {},
+        step=state["step"],
+        sample=state["sample"],
+    )
+
+
+def _averages(folder: Path) -> dict[str, Tensor]:
+    """The averaged parameters; buffers and fixed filters are not averaged."""
+    averaged = read_weights(folder / "vae_ema")
+    with torch.device("meta"):
+        model = build_model(None, json.loads((folder / "vae" / "config.json").read_text()))
+    return {name: averaged[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def restore(
+    parts: UpstreamCheckpoint,
+    vae: nn.Module,
+    adversary: nn.Module,
+    optimizers: tuple[Any, Any],
+    ema: EMA | None,
+    scaler: Any,
+    source: str,
+) -> None:
+    """Puts what `parts` holds into the objects of a run that has been set up for it.
+
+    Args:
+        optimizers: of the autoencoder and of the discriminator.
+
+    Raises:
+        CheckpointError: the parts are of another network.
+    """
+    load_strictly(vae, parts.vae, source)
+    if parts.discriminator:
+        load_strictly(adversary, parts.discriminator, f"the discriminator in {source}")
+    for optimizer, state in zip(optimizers, (parts.vae_optimizer, parts.discriminator_optimizer), strict=True):
+        if not state:
+            continue
+        try:
+            optimizer.load_state_dict(state)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"the optimizer state in {source} does not fit: {error}") from None
+    if ema is not None:
+        ema.restore({**dict(vae.named_parameters()), **parts.ema}, updates=parts.step)
+    if scaler is not None and parts.scaler:
+        scaler.load_state_dict(parts.scaler)
+
+
+def write_ckpt(folder: Path, path: Path) -> None:
+    """Writes a checkpoint folder of ours as a .ckpt file of the original, and config.json beside it.
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint.
+    """
+    parts, state = read_folder(folder), read_state(folder)
+    epoch, index = divmod(state["sample"], state["fingerprint"]["num_items"])
+    content = {
+        "epoch": epoch,
+        "current_step": parts.step,
+        "optimizer_state": {"gen_optimizer": parts.vae_optimizer, "disc_optimizer": parts.discriminator_optimizer},
+        "state_dict": {"gen_model": parts.vae, "dics_model": parts.loss},
+        "ema_state_dict": {f"{EMA_PREFIX}{name}": value for name, value in parts.ema.items()},
+        "scaler_state": parts.scaler,
+        "sampler_state": {"epoch": epoch, "seed": 0, "current_index": index // state["world_size"]},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.partial")
+    torch.save(content, staged)
+    os.replace(staged, path)
+    path.with_name("config.json").write_text((folder / "vae" / "config.json").read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes a .ckpt file; see the module's text."""
+    parser = argparse.ArgumentParser(
+        prog="upstream.py", description="Writes a checkpoint folder as the original's .ckpt."
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder checkpoint-<step>")
+    parser.add_argument("output", type=Path, help="file to write; config.json is put beside it")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    with clear_errors():
+        write_ckpt(arguments.checkpoint, arguments.output)
+    print(f"wrote {arguments.output} and {arguments.output.with_name('config.json')}")
+
+
+if __name__ == "__main__":
+    main()
