@@ -66,7 +66,9 @@ class VaeModel:
         False, "build model_config's network and take those pretrained weights that fit it"
     )
     freeze_encoder: bool = option(False, "train the decoder alone", state=True)
-    enable_tiling: bool = option(False, "pass through the network in chunks of frames: same result, less memory")
+    enable_tiling: bool = option(
+        False, "pass in chunks of frames: WFVAE gives the same result, CausalVAE an approximate one"
+    )
     find_unused_parameters: bool = option(False, "passed to DistributedDataParallel; nothing here needs it")
     load_disc_from_checkpoint: str | None = option(
         None, "start from the discriminator of this checkpoint folder or .ckpt file"

@@ -7,6 +7,7 @@ Their numbers differ, and neither is to be compared with the other. The distance
 """
 
 import math
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,9 @@ def load_features(method: FvdMethod, weights: str | Path | None, device: str | t
         network = _load_videogpt(path).to(device)
     else:
         try:
-            network = torch.jit.load(path, map_location=device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, but the file is what it is
+                network = torch.jit.load(path, map_location=device).eval()
         except (RuntimeError, OSError) as error:
             raise FvdUnavailable(
                 f"FVD (styleganv): {path} is no TorchScript file ({_first_line(error)}); give the I3D of StyleGAN-V as "

@@ -180,7 +180,7 @@ def load_perceptual(config: VaeConfig, accelerator: Processes) -> PerceptualLoss
                 found = PerceptualLoss.load(
                     read_state_dict(find_backbone_weights("vgg", config.loss.vgg_weights)), accelerator.device
                 )
-            except (LpipsUnavailable, ValueError) as error:
+            except (LpipsUnavailable, FileNotFoundError, ValueError) as error:
                 raise LpipsUnavailable(
                     f"{error} (The loss needs it: --vgg_weights names a file, --perceptual_weight 0 does without)"
                 ) from error

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS against their definitions and the libraries that define them."""
+"""PSNR, SSIM, LPIPS and flicker against their definitions and the libraries that define them."""
 
 import urllib.error
 import urllib.request
@@ -12,7 +12,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from common import metrics
-from common.metrics import Lpips, LpipsUnavailable, psnr, ssim
+from common.metrics import Lpips, LpipsUnavailable, find_backbone_weights, flicker, psnr, read_state_dict, ssim
 
 lpips = pytest.importorskip("lpips")
 
@@ -78,6 +78,18 @@ def test_ssim_needs_one_window():
         ssim(torch.zeros(1, 1, 10, 20), torch.zeros(1, 1, 10, 20))
 
 
+def test_flicker_is_the_error_of_changes_in_time():
+    x = torch.rand(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert flicker(x + torch.tensor([0.1, 0.2]).view(2, 1, 1, 1, 1), x).abs().max() < 1e-12  # the same in every frame
+    alternating = torch.tensor([0.0, 0.1, 0.0, 0.1, 0.0], dtype=torch.float64).view(5, 1, 1)
+    np.testing.assert_allclose(flicker(x + alternating, x), [0.1, 0.1])
+    once = torch.tensor([0.0, 0.0, 0.2, 0.2, 0.2], dtype=torch.float64).view(5, 1, 1)
+    np.testing.assert_allclose(flicker(x + once, x), [0.05, 0.05])
+    assert flicker(x[:, :, :1], x[:, :, :1] * 0).tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"one shape \(B, C, T, H, W\), got \(3, 5, 4, 6\)"):
+        flicker(x[0], x[0])
+
+
 # LPIPS ----------------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +142,30 @@ def test_lpips_takes_the_cached_weights(pair, alexnet, offline, tmp_path):
     torch.save(alexnet, tmp_path / "hub" / "checkpoints" / name)
     torch.save(alexnet, tmp_path / "given.pth")
     torch.testing.assert_close(Lpips.load()(*pair), Lpips.load("alex", tmp_path / "given.pth")(*pair), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated since 0.13")
+def test_spatial_lpips_is_that_of_the_package(pair, alexnet, offline, tmp_path):
+    torch.save(alexnet, tmp_path / "alexnet.pth")
+    metric = Lpips.load("alex", tmp_path / "alexnet.pth", spatial=True)
+    model = reference(alexnet)
+    model.spatial = True
+    with torch.no_grad():
+        expected = model(pair[0], pair[1], normalize=True)  # (2, 1, 64, 80)
+    assert expected.shape == (2, 1, 64, 80)
+    torch.testing.assert_close(metric(*pair), expected.mean(dim=(1, 2, 3)), rtol=1e-6, atol=0)
+    assert not torch.allclose(metric(*pair), Lpips.load("alex", tmp_path / "alexnet.pth")(*pair), rtol=1e-5)
+
+
+def test_the_setting_of_a_message_can_be_another(offline):
+    with pytest.raises(LpipsUnavailable, match="or set vgg_weights to where it is"):
+        find_backbone_weights("vgg", None, setting="vgg_weights")
+
+
+def test_state_dicts_that_cannot_be_read(tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="text.pth cannot be read as a state dict"):
+        read_state_dict(tmp_path / "text.pth")
 
 
 def test_lpips_leaves_the_random_state_alone(alexnet, offline, tmp_path):

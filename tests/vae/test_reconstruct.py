@@ -117,9 +117,9 @@ def test_an_interrupted_run_goes_on_and_equals_a_whole_one(flags, tmp_path, monk
         written.append(job)
         if len(written) == 3:
             raise KeyboardInterrupt
-        return is_done_files(job, *rest)
+        return real_outputs(job, *rest)
 
-    is_done_files = reconstruct.outputs
+    real_outputs = reconstruct.outputs
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reconstruct, "is_done", lambda *_: False)
         patch.setattr(reconstruct, "outputs", fail_later)
@@ -194,7 +194,17 @@ def test_accepted_flags_without_effect_say_so(flags, capsys):
 
 def test_output_names_do_not_collide():
     sources = ["a.avi", "a.mp4", "a.webm", "b.MOV", "b.mkv", "c.jpg", "c.png", "d/a.webm", "d/a.webm.mp4"]
-    expected = ["a.avi.mp4", "a.mp4", "a.webm.mp4", "b.mp4", "b.mkv.mp4", "c.jpg.png", "c.png", "d/a.mp4", "d/a.webm.mp4"]
+    expected = [
+        "a.avi.mp4",
+        "a.mp4",
+        "a.webm.mp4",
+        "b.mp4",
+        "b.mkv.mp4",
+        "c.jpg.png",
+        "c.png",
+        "d/a.mp4",
+        "d/a.webm.mp4",
+    ]
     assert output_names(sources) == expected
 
 

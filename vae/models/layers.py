@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae.models import winograd
 from vae.models.fused import Norm, compute_dtype, norm_silu_pad, remaking
 from vae.models.streaming import Stream
 
@@ -72,17 +73,18 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W'), T' = (T - 1) // stride + 1 for a whole video."""
         x = channels_last(x)
-        if not self.num_front and self.conv.stride[0] == 1:
-            return self.conv(x)
-        if stream is None:
-            if x.shape[2] == 1:
-                return self.convolve_repeated(x)
-            x = x.to(compute_dtype(x))
-            prepared = repeat_front(x, self.num_front)
-            with remaking(prepared, repeat_front, x, self.num_front):
-                del x
-                return self.conv(prepared)
-        return self._continue(x, stream)
+        if self.conv.kernel_size == self.conv.stride == (1, 1, 1):
+            weight = self.conv.weight.flatten(1)  # (C', C)
+            return F.linear(x.movedim(1, -1), weight, self.conv.bias).movedim(-1, 1)
+        if stream is not None:
+            return self._continue(x, stream)
+        if x.shape[2] == 1:
+            return self.convolve_repeated(x)
+        x = x.to(compute_dtype(x))
+        prepared = repeat_front(x, self.num_front)
+        with remaking(prepared, repeat_front, x, self.num_front):
+            del x
+            return self.convolve(prepared, repeated=True)
 
     def _continue(self, x: Tensor, stream: Stream) -> Tensor:
         x = repeat_front(x, self.num_front) if stream.first else stream.rejoin(self, x)
@@ -90,13 +92,22 @@ class CausalConv3d(nn.Module):
         num_out = max(0, (x.shape[2] - kernel) // stride + 1)
         stream.leave(self, x[:, :, num_out * stride :])
         if num_out:
-            return self.conv(x)
+            return self.convolve(x, repeated=stream.first)
         return x.new_empty((x.shape[0], self.conv.out_channels, 0, *self._out_size(x)))
 
     def _out_size(self, x: Tensor) -> list[int]:
         conv = self.conv
         sizes = zip(x.shape[3:], conv.kernel_size[1:], conv.stride[1:], conv.padding[1:], strict=True)
         return [(size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes]
+
+    def convolve(self, x: Tensor, repeated: bool) -> Tensor:
+        """The convolution of frames that have been padded in time; `repeated`: with the first of them."""
+        conv = self.conv
+        if conv.stride == (1, 1, 1) and conv.padding == (0, 1, 1) and winograd.saves(x, conv.weight):
+            return winograd.convolve(x, conv.weight, conv.bias, repeated)
+        if x.device.type == "cpu" and x.numel() < conv.weight.numel():
+            x = x.contiguous()  # the other layout would be imposed on the weight, which is larger
+        return conv(x)
 
     def convolve_repeated(self, x: Tensor) -> Tensor:
         """The result for (B, C, 1, H, W), a frame which repeats itself in time: a 2-D convolution is enough."""
@@ -176,6 +187,7 @@ def norm_silu_conv(
     x = x.unsqueeze(2) if images else x
     num_front = conv.num_front if isinstance(conv, CausalConv3d) else 0
     past = stream.past(conv, x, num_front) if stream is not None and num_front else None
+    past_is_front = past is None
     repeated = num_front and past is None and x.shape[2] == 1
     inputs = (x, past, *norm.fused, 0 if repeated else num_front, compute_dtype(x))
     del x, past
@@ -185,7 +197,7 @@ def norm_silu_conv(
         if not isinstance(conv, CausalConv3d):
             out = per_frame(lambda frames: F.conv2d(frames, conv.weight, conv.bias, padding=conv.padding), prepared)
         else:
-            out = conv.convolve_repeated(prepared) if repeated else conv.conv(prepared)
+            out = conv.convolve_repeated(prepared) if repeated else conv.convolve(prepared, past_is_front)
     return out.squeeze(2) if images else out
 
 

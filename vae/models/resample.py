@@ -98,7 +98,7 @@ def _strided(x: Tensor, conv: CausalConv3d, stream: Stream | None) -> Tensor:
     x = x.to(compute_dtype(x))
     padded = pad_front_right_bottom(x, conv.num_front)
     with remaking(padded, pad_front_right_bottom, x, conv.num_front):
-        return conv.conv(padded)
+        return conv.convolve(padded, repeated=True)
 
 
 class Spatial2xTime2x3DDownsample(nn.Module):
@@ -232,7 +232,7 @@ def bilinear_conv(x: Tensor, conv: CausalConv3d, stream: Stream | None) -> Tenso
         x = repeat_front(x, conv.num_front)
     enlarged = bilinear_2x(x)
     with remaking(enlarged, bilinear_2x, x):
-        return conv.convolve_repeated(enlarged) if repeated else conv.conv(enlarged)
+        return conv.convolve_repeated(enlarged) if repeated else conv.convolve(enlarged, past is None)
 
 
 class Spatial2x3DUpsample(nn.Module):

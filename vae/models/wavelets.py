@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from vae.models.layers import CausalConv3d, repeat_front
 from vae.models.streaming import Stream
 
-GAIN_3D = (
-    0.3536  # not 1 / sqrt(8) = 0.35355339...: analysis and synthesis together multiply by 8 * 0.3536^2 = 1.00026368
-)
+# 0.3536 in float32, as released filters hold it, and not 1 / sqrt(8): analysis and synthesis multiply by 1.00026368.
+GAIN_3D = 0.35359999537467957
 GAIN_2D = 0.5
 BANDS_3D = ("h", "g", "hh", "gh", "h_v", "g_v", "hh_v", "gh_v")
 BANDS_2D = ("aa", "ad", "da", "dd")
