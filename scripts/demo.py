@@ -169,18 +169,19 @@ REFINER = Demo(
 
 # vae
 
-VAE_STEPS, VAE_DISC_START = 600, 400
+VAE_STEPS, VAE_DISC_START = 500, 400
 VAE_CLIP = {"RESOLUTION": "64", "NUM_FRAMES": "17"}
 
 
 def vae_training(places: Places) -> list[str]:
-    """A random network of 0.3 M weights on clips of 64 px, at a higher rate than the large one of 317 M would bear."""
+    """A random network of 1.9 M weights on clips of 64 px, at a higher rate than the large one of 317 M would bear."""
     command = ["bash", str(ROOT / "vae" / "examples" / "train_ddp.sh")]
     command += ["--model_config", str(places.checkpoint / "wfvae-tiny.json"), "--output_dir", str(places.run)]
     command += ["--video_path", str(places.data / "videos"), "--eval_video_path", str(places.data / "test_video")]
-    command += ["--resolution", VAE_CLIP["RESOLUTION"], "--num_frames", "9", "--batch_size", "2", "--lr", "2e-3"]
+    command += ["--resolution", VAE_CLIP["RESOLUTION"], "--num_frames", "5", "--batch_size", "4", "--lr", "3e-3"]
     command += ["--eval_resolution", VAE_CLIP["RESOLUTION"], "--eval_num_frames", VAE_CLIP["NUM_FRAMES"]]
     command += ["--max_steps", str(VAE_STEPS), "--disc_start", str(VAE_DISC_START), "--eval_steps", "200"]
+    command += ["--disc_weight", "0.1", "--dataset_num_worker", "1"]
     command += ["--perceptual_weight", "0", "--ema_decay", "0.98", "--lr_scheduler", "cosine", "--lr_warmup_steps", "10"]
     command += ["--save_ckpt_step", "10000", "--report_to", "none", "--log_steps", "1", "--clip_grad_norm", "2000"]
     return command
@@ -208,7 +209,7 @@ VAE = Demo(
     trainer="vae",
     title="vae: a video autoencoder",
     explanation=(
-        "A WFVAE with 0.3 million random weights instead of 317 million learns to compress clips made of photographs 4 "
+        "A WFVAE with 1.9 million random weights instead of 317 million learns to compress clips made of photographs 4 "
         "times in time and 8 x 8 times in space, first without, then with a discriminator, and is measured on held-out "
         "clips of other photographs. The PSNR is meant to rise far above that of step 0. The reconstructions are then "
         "written and measured by the two documented scripts."

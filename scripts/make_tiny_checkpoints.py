@@ -376,7 +376,7 @@ TINY_WFVAE = {
 
 
 def make_vae_config(directory: Path) -> Path:
-    """Writes `wfvae-tiny.json`, the configuration of a WFVAE of some 300,000 weights; returns its folder."""
+    """Writes `wfvae-tiny.json`, the configuration of a WFVAE of 1.9 million weights; returns its folder."""
     write_json(directory / "wfvae-tiny.json", TINY_WFVAE)
     return directory
 

@@ -17,10 +17,18 @@ from accelerate.commands.launch import launch_command_parser
 from common.config import ConfigError, Parser
 from gaussian_refiner import config as refiner_config
 from gaussian_refiner import infer as refiner_infer
+from vae import config as vae_config
+from vae import evaluate as vae_evaluate
+from vae import infer as vae_infer
+from vae import reconstruct as vae_reconstruct
 
 ROOT = Path(__file__).parents[1]
 # Every documented entry script, and what reads its flags.
 PARSERS: dict[str, Parser] = {
+    "vae/train_ddp.py": vae_config.PARSER,
+    "vae/reconstruct.py": vae_reconstruct.PARSER,
+    "vae/evaluate.py": vae_evaluate.PARSER,
+    "vae/infer.py": vae_infer.PARSER,
     "gaussian_refiner/train_repair_cross_attn_version.py": refiner_config.PARSER,
     "gaussian_refiner/infer.py": refiner_infer.PARSER,
 }
@@ -52,6 +60,8 @@ def commands_of(guide: Path) -> list[Documented]:
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
                 words = shlex.split(command, comments=True)
+                if all(re.match(r"[A-Z_]+=", word) for word in words):
+                    continue  # variables of the environment
                 if words[:1] == ["cd"]:
                     folder = folder / words[1]
                 elif words:

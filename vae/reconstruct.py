@@ -167,6 +167,7 @@ def load_vae(weights: WeightsConfig, device: torch.device) -> tuple[Any, Path]:
         FileNotFoundError, ValueError, CheckpointError: there are no weights, or they do not fit; says why.
     """
     source = find_weights(find_file(str(weights.from_pretrained), "--from_pretrained"))
+    model: Any
     if source.is_file() or upstream.find_ckpt(source):
         model = upstream.load_ckpt_model(source, weights.model_name, weights.model_config)
     elif source.name == "vae_ema":  # its config.json has the average's counters too

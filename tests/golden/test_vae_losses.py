@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vae_cases import Case, by_case
 
+from common.optim import EMA
 from vae.models.discriminator import NLayerDiscriminator3D, RealAndFake
 from vae.models.load import build_model
 from vae.models.objective import (
@@ -161,3 +162,26 @@ def test_alternating_steps(case: Case) -> None:
         case.check(f"ema/{name}", average[name])
     case.check("disc/main.0.weight_first8", both.discriminator.main[0].weight[:8])
     case.check("n_ema", len(average))
+
+
+@by_case("ema*")
+def test_moving_average(case: Case) -> None:
+    steps = range(1, case.config["steps"] + 1)
+    weight = case.inputs["w0"]
+    model = nn.Linear(weight.shape[1], weight.shape[0])
+
+    def set_to(step: int) -> None:
+        with torch.no_grad():
+            model.weight.copy_(case.inputs[f"w{step}"])
+            model.bias.copy_(case.inputs[f"b{step}"])
+
+    set_to(0)
+    ema = EMA(model, case.config["decay"], warmup=False)
+    for step in steps:
+        set_to(step)
+        ema.update()
+    for name, average in zip(("weight", "bias"), ema.average, strict=True):
+        case.check(f"shadow/{name}", average)
+    with ema.swapped():
+        case.check("applied_weight", model.weight)
+    case.check("restored_weight", model.weight)

@@ -19,11 +19,14 @@ from vae.fvd import frechet_distance, load_features
 from vae.reconstruct import clip_writer
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [
-    pytest.mark.usefixtures("clean_process"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 NAMES = ("a.mp4", "b.mp4", "sub/a.mp4")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--device cpu` hides the GPUs: from this test alone."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="module")

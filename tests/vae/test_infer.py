@@ -17,7 +17,11 @@ from vae.models.load import build_model, load_model
 from vae.models.wfvae import WFVAE
 from vae.reconstruct import clip_writer
 
-pytestmark = pytest.mark.usefixtures("clean_process")
+
+@pytest.fixture(autouse=True)
+def on_cpu(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--device cpu` hides the GPUs: from this test alone."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 def save_model(folder: Path, tiny_json: Path, **changes: object) -> Path:
