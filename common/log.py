@@ -118,7 +118,7 @@ class RunLog:
             self._each(lambda tracker: _track_image(tracker, name, image, step))
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
-        """Writes a clip, uint8 (T, H, W, 3), as `<image_folder>/<name>.mp4`; wandb shows it where the main process calls.
+        """Writes a clip, uint8 (T, H, W, 3), as `<image_folder>/<name>.mp4`; the main process shows it in wandb.
 
         Any process may call it, each with names of its own.
         """

@@ -500,8 +500,9 @@ def report_nonfinite(run: Run, optimizer: str, means: Mapping[str, float], in_a_
     accelerator, limit, scaler = run.accelerator, run.config.run.max_nonfinite_steps, run.accelerator.scaler
     if scaler is not None and math.isfinite(means["loss"]) and scaler.get_scale() > 1:
         return  # fp16 gradients overflowed: the scaler lowers its scale until it finds one that fits
-    record = {"step": run.step, "optimizer": optimizer, "first_sample": run.sample, "last_sample": run.sample + run.global_batch - 1}
-    record |= {"loss": str(means["loss"]), "grad_norm": str(means["grad_norm"]), "seed": run.config.run.seed}
+    record = {"step": run.step, "optimizer": optimizer, "seed": run.config.run.seed}
+    record |= {"first_sample": run.sample, "last_sample": run.sample + run.global_batch - 1}
+    record |= {"loss": str(means["loss"]), "grad_norm": str(means["grad_norm"])}
     folder = run.output_dir / NONFINITE / f"step-{run.step}"
     if len(in_a_row) == 1:
         record |= {"num_processes": accelerator.num_processes, "config": configs.to_dict(run.config)}

@@ -10,7 +10,7 @@ the rest both libraries return the same bytes.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -517,39 +517,63 @@ def _decode_until(
 # Writing clips
 
 
-def write_video(
+@contextmanager
+def clip_writer(
     path: str | os.PathLike,
-    frames: np.ndarray | torch.Tensor,
     fps: float | Fraction,
     *,
     codec: str = "libx264",
     crf: int = 18,
+    lossless: bool = False,
     options: Mapping[str, str] | None = None,
-) -> None:
-    """Write uint8 RGB frames (T, H, W, 3) as a yuv420p clip; the suffix selects the container (.mp4).
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that appends uint8 RGB frames (T, H, W, 3) of one size to a new clip, which appears whole, at the end.
 
-    4:2:0 needs even sizes: with an odd size the last column or row is repeated once. `crf` is the constant quality (0
-    is the best; 18 is hard to tell from the source); `options` are more of FFmpeg's options for the codec. Makes parent
-    folders; the file appears whole. Raises ValueError for other arrays and for no frames.
+    Args:
+        path: the suffix selects the container (.mp4); parent folders are made.
+        codec: writes yuv420p, which needs even sizes: with an odd one the last column or row is repeated once.
+        crf: constant quality; 0 is the best, 18 is hard to tell from the source.
+        lossless: keep sizes and pixels, by H.264 in RGB, which not all players show; `codec` and `crf` do not count.
+        options: more of FFmpeg's options for the codec.
     """
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}, but must be above 0")
+    path = Path(path)
+    codec, pixel_format, crf = ("libx264rgb", "rgb24", 0) if lossless else (codec, "yuv420p", crf)
+    settings = {"crf": str(crf), **(options or {})}
+    if codec.startswith("libx264"):  # with its macroblock tree, x264 gives another file at every run for some widths
+        settings.setdefault("x264-params", "no-mbtree=1")
+    movflags = {"movflags": "faststart"} if path.suffix.lower() in (".mp4", ".mov") else {}
+    with _atomic(path) as temporary, av.open(str(temporary), "w", container_options=movflags) as container:
+        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=settings)
+        stream.pix_fmt = pixel_format
+        if not lossless:  # FFmpeg converts RGB with the BT.601 matrix; players would guess BT.709 for large frames
+            stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG
+
+        def write(frames: np.ndarray) -> None:
+            odd = (0, 0) if lossless else (frames.shape[1] % 2, frames.shape[2] % 2)
+            frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frames.shape[1:3]
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+
+        yield write
+        container.mux(stream.encode())
+
+
+def write_video(
+    path: str | os.PathLike, frames: np.ndarray | torch.Tensor, fps: float | Fraction, **settings: Any
+) -> None:
+    """Write uint8 RGB frames (T, H, W, 3) as a clip; see `clip_writer` for path and settings.
+
+    Raises ValueError for other arrays and for no frames.
+    """
     frames = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames must be uint8 (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}")
-    if not fps > 0:
-        raise ValueError(f"fps is {fps}, but must be above 0")
-    odd = ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0))
-    frames = np.pad(frames, odd, mode="edge")  # (T, H even, W even, 3)
-    path = Path(path)
-    movflags = {"movflags": "faststart"} if path.suffix.lower() in (".mp4", ".mov") else {}
-    with _atomic(path) as temporary, av.open(str(temporary), "w", container_options=movflags) as container:
-        rate = Fraction(fps).limit_denominator(1001)
-        stream: Any = container.add_stream(codec, rate=rate, options={"crf": str(crf), **(options or {})})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        # FFmpeg converts RGB with the BT.601 matrix; players would guess BT.709 for large frames.
-        stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG
-        for array in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
-        container.mux(stream.encode())
+    with clip_writer(path, fps, **settings) as write:
+        write(frames)

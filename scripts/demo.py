@@ -182,7 +182,8 @@ def vae_training(places: Places) -> list[str]:
     command += ["--eval_resolution", VAE_CLIP["RESOLUTION"], "--eval_num_frames", VAE_CLIP["NUM_FRAMES"]]
     command += ["--max_steps", str(VAE_STEPS), "--disc_start", str(VAE_DISC_START), "--eval_steps", "200"]
     command += ["--disc_weight", "0.1", "--dataset_num_worker", "1"]
-    command += ["--perceptual_weight", "0", "--ema_decay", "0.98", "--lr_scheduler", "cosine", "--lr_warmup_steps", "10"]
+    command += ["--perceptual_weight", "0", "--ema_decay", "0.98", "--lr_scheduler", "cosine"]
+    command += ["--lr_warmup_steps", "10"]
     command += ["--save_ckpt_step", "10000", "--report_to", "none", "--log_steps", "1", "--clip_grad_norm", "2000"]
     return command
 
@@ -192,9 +193,7 @@ def vae_evaluation(places: Places) -> dict[str, list[str]]:
     settings |= {"DATASET_DIR": str(places.data / "test_video"), "METRIC": "psnr,ssim,flicker"}
     environment = ["env", *(f"{name}={value}" for name, value in settings.items())]
     scripts = {"reconstruct": "gen_video.sh", "evaluate": "eval.sh"}
-    return {
-        title: [*environment, "bash", str(ROOT / "vae" / "examples" / script)] for title, script in scripts.items()
-    }
+    return {title: [*environment, "bash", str(ROOT / "vae" / "examples" / script)] for title, script in scripts.items()}
 
 
 def vae_pictures(places: Places) -> list[Pictures]:

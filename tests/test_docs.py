@@ -60,8 +60,8 @@ def commands_of(guide: Path) -> list[Documented]:
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
                 words = shlex.split(command, comments=True)
-                if all(re.match(r"[A-Z_]+=", word) for word in words):
-                    continue  # variables of the environment
+                while words and re.match(r"[A-Z_]+=", words[0]):  # variables of the environment
+                    words = words[1:]
                 if words[:1] == ["cd"]:
                     folder = folder / words[1]
                 elif words:

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from common import runtime
 from common.config import Parser, find_file, option
 from common.data import BAD_SAMPLE_ERRORS, draw_normal
-from common.video import IMAGE_SUFFIXES, load_image, probe_video, read_frames, save_image
+from common.video import IMAGE_SUFFIXES, clip_writer, load_image, probe_video, read_frames, save_image
 from vae.data import center_crop_resize, is_image, list_videos, resize_and_crop, to_uint8_frames
 from vae.models.posterior import DiagonalGaussian
-from vae.reconstruct import ComputeConfig, WeightsConfig, clip_writer, load_vae, output_names, start, write_json
+from vae.reconstruct import ComputeConfig, WeightsConfig, load_vae, output_names, start, write_json
 
 logger = logging.getLogger(__name__)
 

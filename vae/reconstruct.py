@@ -20,10 +20,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from fractions import Fraction
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -36,12 +35,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from common import runtime
-from common.checkpoint import MANIFEST, listed, newest_valid, read_weights
+from common.checkpoint import MANIFEST, listed, newest_valid
 from common.config import Parser, RunConfig, find_file, option
 from common.data import BAD_SAMPLE_ERRORS
 from common.metrics import flicker, psnr, ssim
 from common.runtime import Processes
-from common.video import VIDEO_SUFFIXES, find_files
+from common.video import VIDEO_SUFFIXES, clip_writer, find_files
 from vae import upstream
 from vae.data import EvalClips, is_image, list_videos, to_uint8_frames
 from vae.models.load import load_model
@@ -170,9 +169,6 @@ def load_vae(weights: WeightsConfig, device: torch.device) -> tuple[Any, Path]:
     model: Any
     if source.is_file() or upstream.find_ckpt(source):
         model = upstream.load_ckpt_model(source, weights.model_name, weights.model_config)
-    elif source.name == "vae_ema":  # its config.json has the average's counters too
-        model = load_model(source.with_name("vae"), weights.model_name)
-        upstream.load_strictly(model, read_weights(source), str(source))
     else:
         model = load_model(source, weights.model_name)
     model.eval().requires_grad_(False).to(device)
@@ -227,48 +223,6 @@ def read_ahead(
 
 def _as_it_is(sample: T) -> T:
     return sample
-
-
-@contextmanager
-def clip_writer(
-    path: Path, fps: float, *, crf: int = 10, lossless: bool = False
-) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that appends uint8 RGB frames (T, H, W, 3) of one size to a new clip, which appears whole, at the end.
-
-    yuv420p needs even sizes: with an odd one the last column or row is repeated. `lossless` keeps sizes and pixels.
-    """
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    movflags = {"movflags": "faststart"} if path.suffix.lower() in (".mp4", ".mov") else {}
-    codec, pixel_format, quality = ("libx264rgb", "rgb24", 0) if lossless else ("libx264", "yuv420p", crf)
-    # With its macroblock tree, x264 gives another file at every run where the width is no multiple of 128.
-    options = {"crf": str(quality), "x264-params": "no-mbtree=1"}
-    try:
-        with av.open(str(temporary), "w", container_options=movflags) as container:
-            rate = Fraction(fps).limit_denominator(1001)
-            stream: Any = container.add_stream(codec, rate=rate, options=options)
-            stream.pix_fmt = pixel_format
-            if not lossless:  # FFmpeg converts RGB with the BT.601 matrix; players would guess BT.709 for large frames
-                stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG
-
-            def write(frames: np.ndarray) -> None:
-                odd = (0, 0) if lossless else (frames.shape[1] % 2, frames.shape[2] % 2)
-                frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-                if not stream.codec_context.is_open:
-                    stream.height, stream.width = frames.shape[1:3]
-                for frame in frames:
-                    container.mux(
-                        stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-                    )
-
-            yield write
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # What to reconstruct --------------------------------------------------------------------------------------------------
@@ -545,7 +499,7 @@ def reconstruct(config: ReconstructConfig, accelerator: Any) -> dict[str, Any]:
     """Reconstructs what is not there yet, on all processes; returns what summary.json says."""
     data = config.data
     root, folder = Path(str(data.real_video_dir)), Path(str(data.generated_video_dir))
-    paths = list_videos(root)
+    paths = list_videos(root, images=data.num_frames == 1)
     jobs = find_jobs(data, paths)
     model, weights = load_vae(config.model, accelerator.device)
     model.check_size(data.num_frames, *(data.crop_px or (data.resolution, data.resolution)))

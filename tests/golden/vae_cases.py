@@ -1,4 +1,4 @@
-"""The VAE's vectors: every file holds cases, each with a configuration, inputs, weights and results at its own tolerance."""
+"""The VAE's vectors: every file holds cases, each with a configuration, inputs, weights, results and tolerances."""
 
 import zlib
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class Case:
 
 
 def recipe_state(module: nn.Module, seed: int, prefix: str = "") -> dict[str, Tensor]:
-    """Weights as functions of their names and shapes; constants (wavelet filters, counters, LPIPS scaling) are left out."""
+    """Weights as functions of their names and shapes; constants (wavelet filters, counters, scaling) are left out."""
     state = {}
     for key, value in module.state_dict().items():
         name = key.removeprefix(prefix)
@@ -92,7 +92,7 @@ def recipe(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def by_case(pattern: str) -> Any:
-    """Parametrise a test's `case` over the cases of the files of one kind; skip with the reason where there are none."""
+    """Parametrise a test's `case` over the cases of the files of one kind; skip where there are none, and say so."""
     found = []
     for path in golden.files("vae", pattern):
         vectors = golden.load(path)

@@ -12,11 +12,10 @@ import torch
 import torchvision
 
 from common.metrics import Lpips, flicker, psnr, ssim
-from common.video import read_frames
+from common.video import clip_writer, read_frames
 from vae.data import eval_transform
 from vae.evaluate import PARSER, find_pairs, main
 from vae.fvd import frechet_distance, load_features
-from vae.reconstruct import clip_writer
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common.data import draw_normal
-from common.video import load_image, probe_video, read_frames, save_image
+from common.video import clip_writer, load_image, probe_video, read_frames, save_image
 from vae.data import center_crop_resize, resize_and_crop, to_uint8_frames
 from vae.infer import Reconstructor, main
 from vae.models.load import build_model, load_model
 from vae.models.wfvae import WFVAE
-from vae.reconstruct import clip_writer
 
 
 @pytest.fixture(autouse=True)

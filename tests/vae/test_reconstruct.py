@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from common.metrics import flicker, psnr, ssim
-from common.video import probe_video, read_frames
+from common.video import clip_writer, probe_video, read_frames
 from vae import reconstruct
 from vae.data import EvalClips, list_videos, to_uint8_frames
 from vae.models.load import build_model, load_model
-from vae.reconstruct import WeightsConfig, batches, clip_writer, find_weights, load_vae, main, output_names
+from vae.reconstruct import WeightsConfig, batches, find_weights, load_vae, main, output_names
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from vae.models.load import load_model
 
 from vae import upstream
+from vae.models.load import load_model
 from vae.train import main
 
 VAE = Path(__file__).parents[2] / "vae"

@@ -106,12 +106,12 @@ class _Winograd(torch.autograd.Function):
         num_samples, num_padded, height, width, _ = frames.shape
         out = x.new_empty((num_samples, num_padded - 2, height, width, len(weight)))
         flat, offset = out.flatten(2), bias.repeat(height * width)  # (B, T, H*W*C'), (H*W*C',)
-        kernels = _Kernels(weight)
         for block in _blocks(frames):
             matrices = _matrices(block, repeated, x.dtype)
             combined = _combine(frames, block, matrices.frames)  # (products, runs, C, H, W)
-            pairs = zip(combined, kernels(matrices), strict=True)
-            products = torch.stack([_rows(F.conv2d(image, kernel, padding=1)) for image, kernel in pairs])
+            products = flat.new_empty((len(combined), len(block), flat.shape[2]))
+            for product, images, factors in zip(products, combined, matrices.kernels, strict=True):
+                product.copy_(_rows(F.conv2d(images, _kernel(weight, factors), padding=1)))
             for index, run in enumerate(block):
                 target = flat[run.sample, run.start : run.start + run.num_outputs]
                 torch.addmm(offset, matrices.outputs, products[:, index], out=target)
@@ -124,42 +124,41 @@ class _Winograd(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         frames, grads = channels_innermost(x), channels_innermost(grad)  # (B, T + 2, H, W, C), (B, T, H, W, C')
         dx = torch.zeros_like(frames) if needs_x else None
-        kernels, dweight = _Kernels(weight), torch.zeros_like(weight) if needs_weight else None
+        dweight = torch.zeros_like(weight) if needs_weight else None
         for block in _blocks(frames) if needs_x or needs_weight else ():
             matrices = _matrices(block, ctx.repeated, x.dtype)
             dproducts = _combine(grads, block, matrices.outputs.T.contiguous(), padded=False)
             combined = _combine(frames, block, matrices.frames)
-            results = [
-                torch.ops.aten.convolution_backward(
-                    *arguments, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [needs_x, needs_weight, False]
+            dcombined = torch.empty_like(combined) if needs_x else None
+            for index, (dproduct, images, factors) in enumerate(zip(dproducts, combined, matrices.kernels, strict=True)):
+                dimages, dkernel, _ = torch.ops.aten.convolution_backward(
+                    dproduct,
+                    images,
+                    _kernel(weight, factors),
+                    None,
+                    [1, 1],
+                    [1, 1],
+                    [1, 1],
+                    False,
+                    [0, 0],
+                    1,
+                    [needs_x, needs_weight, False],
                 )
-                for arguments in zip(dproducts, combined, kernels(matrices), strict=True)
-            ]
-            if needs_x:
-                dcombined = torch.stack([_rows(result[0]) for result in results])
-                for index, run in enumerate(block):
-                    target = dx.flatten(2)[run.sample, run.start : run.start + run.num_outputs + 2]
-                    target.addmm_(matrices.frames.T, dcombined[:, index])
-            if needs_weight:
-                dkernels = torch.stack([result[1].contiguous() for result in results])  # (products, C', C, 3, 3)
-                dweight += (matrices.kernels.T @ dkernels.flatten(1)).view(3, *dkernels.shape[1:]).movedim(0, 2)
+                if needs_x:
+                    dcombined[index] = dimages
+                for time, factor in enumerate(factors.tolist() if needs_weight else ()):
+                    dweight[:, :, time].add_(dkernel, alpha=factor)
+            for index, run in enumerate(block if needs_x else ()):
+                target = dx.flatten(2)[run.sample, run.start : run.start + run.num_outputs + 2]
+                target.addmm_(matrices.frames.T, dcombined.movedim(2, -1).flatten(2)[:, index])
         dx = dx.permute(0, 4, 1, 2, 3) if needs_x else None
         return dx, dweight, grads.sum((0, 1, 2, 3)) if needs_bias else None, None
 
 
-class _Kernels:
-    """Combinations of a kernel's three in time, made again only for other matrices."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.matrix: Tensor | None = None
-
-    def __call__(self, matrices: Transforms) -> Tensor:
-        if self.matrix is not matrices.kernels:
-            self.matrix = matrices.kernels
-            in_time = self.weight.movedim(2, 0)  # (3, C', C, 3, 3)
-            self.combined = (self.matrix @ in_time.flatten(1)).view(-1, *in_time.shape[1:])
-        return self.combined  # (products, C', C, 3, 3)
+def _kernel(weight: Tensor, factors: Tensor) -> Tensor:
+    """The sum of the kernel's three in time, times factors (3,): (C', C, 3, 3)."""
+    one, two, three = factors.tolist()
+    return (weight[:, :, 0] * one).add_(weight[:, :, 1], alpha=two).add_(weight[:, :, 2], alpha=three)
 
 
 def _blocks(frames: Tensor) -> Iterator[list[Run]]:
