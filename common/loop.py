@@ -137,6 +137,12 @@ class Run:
             state = checkpoints.read_state(resume_point)
             self.step, self.sample = state["step"], state["sample"]
             self.validation_is_owed = state["validation_is_owed"]
+        if self.step > self.total_steps:
+            raise ValueError(
+                f"the checkpoint is of step {self.step}, but the run ends after step {self.total_steps}: raise "
+                "max_train_steps (or num_train_epochs), which count from the first step on"
+            )
+        if resume_point:
             if state["global_batch"] != self.global_batch:
                 logger.warning(
                     "the global batch was %d and is now %d: the data go on from sample %d, but steps hold other "
@@ -283,8 +289,8 @@ def require_enough_items(num_items: int, batch_size: int, num_processes: int) ->
     """ValueError if not even the micro-batches of all processes can hold different items."""
     if batch_size * num_processes > num_items:
         raise ValueError(
-            f"the batch is larger than the data: train_batch_size {batch_size} x {num_processes} processes is "
-            f"{batch_size * num_processes}, the training items are {num_items}; lower train_batch_size or add data"
+            f"the batch is larger than the data: data.batch_size {batch_size} x {num_processes} processes is "
+            f"{batch_size * num_processes}, the training items are {num_items}; lower the batch size or add data"
         )
 
 

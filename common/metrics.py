@@ -229,7 +229,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # truncated archives, pickles with code and other formats raise a dozen types
-        reason = str(error).strip().split("\n")[0]
+        # The text of an UnpicklingError advises to run the code.
+        refused = "no plain tensors" if isinstance(error, pickle.UnpicklingError) else ""
+        reason = refused or str(error).strip().split("\n")[0]
         raise ValueError(f"{path} cannot be read as a state dict ({reason})") from error
 
 

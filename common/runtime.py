@@ -69,15 +69,29 @@ def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_param
         ),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=run.process_group_timeout_s)),
+            # Accelerate chooses no backend for DeepSpeed without a GPU, and would then see separate runs.
+            InitProcessGroupKwargs(
+                backend=None if torch.accelerator.is_available() or not _uses_deepspeed() else "gloo",
+                timeout=timedelta(seconds=run.process_group_timeout_s),
+            ),
             DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
         ],
     )
+    if accelerator.state.deepspeed_plugin is not None:
+        _set_up_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, accelerator.mixed_precision)
     _set_up_logging(accelerator)
     if run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def _set_up_deepspeed(config: dict[str, Any], precision: str) -> None:
+    """Weights stay in float32 and compute under autocast, as without DeepSpeed, which would make them half precision."""
+    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed's own count of throughput alone uses it
+    if precision in ("bf16", "fp16"):
+        config[precision] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
 
 
 def _end_with_launcher() -> None:
@@ -94,7 +108,12 @@ def _end_with_launcher() -> None:
 
 def _runs_on_cpu() -> bool:
     """Without saying so, Accelerate takes the processes of a machine without a GPU for so many separate runs."""
-    return not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
+    return not torch.accelerator.is_available() and not _uses_deepspeed()
+
+
+def _uses_deepspeed() -> bool:
+    """Whether `accelerate launch` was told so."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 def _precision(wanted: str | None) -> str | None:
