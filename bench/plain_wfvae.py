@@ -22,7 +22,7 @@ class Cached(nn.Module):
 
     Attributes:
         chunked, first: whether there are chunks, and whether this is the first one.
-        look_ahead: latents at the end that the next chunk holds again; a layer sees `rate` times as many frames of them.
+        look_ahead: latents at the end that the next chunk holds again; a layer sees `rate` frames of each.
         kept: frames of the chunk before.
     """
 
@@ -264,7 +264,7 @@ class Decoder(nn.Module):
 
 
 class PlainWFVAE(nn.Module):
-    """Loads the state dict of `vae.models.wfvae.WFVAE`; for a clip in chunks, as that, in chunks of 4 frames and 2 latents."""
+    """Loads the state dict of `vae.models.wfvae.WFVAE`."""
 
     def __init__(self, config: WFVAEConfig):
         super().__init__()

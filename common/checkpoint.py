@@ -272,7 +272,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """All tensors of the safetensors files in a folder, one file or shards."""
     weights: dict[str, Tensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
-        weights |= load_file(path)
+        try:
+            weights |= load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
     if not weights:
         raise CheckpointError(f"{directory} holds no safetensors weights")
     return weights
@@ -343,8 +346,19 @@ class Checkpoints:
         """Models, optimizers, EMA, scaler and generators as they were saved.
 
         Newer checkpoints in `output_dir` belong to a course that is now left: they are renamed to `abandoned-...`.
+
+        Raises:
+            CheckpointError: an optimizer's state is of other parameters.
         """
-        self.accelerator.load_state(str(checkpoint))
+        try:
+            self.accelerator.load_state(str(checkpoint))
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{checkpoint} cannot be resumed: its optimizer trained other parameters than this run does ({error}). "
+                "Set back what decides on them"
+            ) from error
         self.accelerator.step = 0  # accumulation starts anew at every optimizer step, whatever it was before
         self.resumed_from = checkpoint
         if self.accelerator.is_main_process and checkpoint.resolve().parent == self.output_dir.resolve():

@@ -335,7 +335,8 @@ class Parser:
         dotted, flags, yaml_path = self._split(argv, problems)
         layers = []
         if yaml_path or self.default_yaml:
-            layers.append(self._file_layer(str(yaml_path or self.default_yaml), problems, warnings))
+            layers.append(self._file_layer(str(yaml_path or self.default_yaml), dotted, problems, warnings))
+            dotted = [(name, value) for name, value in dotted if not self._is_inside_mapping(name)]
         layers.append(self._layer("override", dotted, problems, warnings))
         layers.append(self._layer("flag", flags, problems, warnings))
         merged: dict[str, tuple[Any, str]] = {}
@@ -420,9 +421,14 @@ class Parser:
         name, equals, _ = token.partition("=")
         return bool(equals) and name in self.names
 
-    def _file_layer(self, path: str, problems: list[str], warnings: list[str]) -> _Layer:
+    def _file_layer(self, path: str, dotted: list[tuple[str, str]], problems: list[str], warnings: list[str]) -> _Layer:
+        """The values of a YAML file, whose interpolations see the overrides of the command line."""
         try:
-            loaded = OmegaConf.to_container(OmegaConf.load(find_file(path)), resolve=True)
+            tree = OmegaConf.load(find_file(path))
+            for name, value in dotted:
+                if self._is_inside_mapping(name) or OmegaConf.select(tree, name) is not None:
+                    OmegaConf.update(tree, name, _from_yaml(value), force_add=True)
+            loaded = OmegaConf.to_container(tree, resolve=True)
         except Exception as error:  # malformed scalars make PyYAML raise almost anything
             problems.append(f"the YAML file {path} cannot be read: {' '.join(str(error).split())}")
             return _Layer(path)
@@ -431,12 +437,20 @@ class Parser:
             return _Layer(path)
         return self._layer(path, self._flatten(loaded), problems, warnings)
 
+    def _takes_mapping(self, name: str) -> bool:
+        return name in self.names and describe_type(self.knobs[self.names[name]].annotation).startswith("mapping")
+
+    def _is_inside_mapping(self, name: str) -> bool:
+        """`field.key.more` of a field that itself takes a mapping."""
+        parts = name.split(".")
+        return any(self._takes_mapping(".".join(parts[:count])) for count in range(1, len(parts)))
+
     def _flatten(self, tree: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
         """Nested mappings as dotted keys; a field that itself takes a mapping is left whole."""
         flat = []
         for key, value in tree.items():
             name = f"{prefix}{key}"
-            if isinstance(value, dict) and name not in self.names and name not in self.ignored:
+            if isinstance(value, dict) and not self._takes_mapping(name) and name not in self.ignored:
                 flat += self._flatten(value, f"{name}.")
             else:
                 flat.append((name, value))

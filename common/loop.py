@@ -137,12 +137,6 @@ class Run:
             state = checkpoints.read_state(resume_point)
             self.step, self.sample = state["step"], state["sample"]
             self.validation_is_owed = state["validation_is_owed"]
-        if self.step > self.total_steps:
-            raise ValueError(
-                f"the checkpoint is of step {self.step}, but the run ends after step {self.total_steps}: raise "
-                "max_train_steps (or num_train_epochs), which count from the first step on"
-            )
-        if resume_point:
             if state["global_batch"] != self.global_batch:
                 logger.warning(
                     "the global batch was %d and is now %d: the data go on from sample %d, but steps hold other "
@@ -151,6 +145,11 @@ class Run:
                     self.global_batch,
                     self.sample,
                 )
+        if self.step > self.total_steps:
+            raise ValueError(
+                f"the checkpoint is of step {self.step}, but the run ends after step {self.total_steps}: raise "
+                "max_train_steps (or num_train_epochs), which count from the very first step"
+            )
         self.log.begin(self.step)
         if self.accelerator.is_main_process:
             (self.output_dir / "config.yaml").write_text(configs.to_yaml(self.config))
@@ -203,6 +202,7 @@ def open_run(
     num_items: int,
     fingerprint: Mapping[str, Any],
     resume_point: Path | None,
+    tracker_arguments: Mapping[str, Mapping[str, Any]] | None = None,
     **more: Any,
 ) -> Run:
     """A run, restored from `resume_point` if there is one, with what is about to happen reported.
@@ -210,6 +210,7 @@ def open_run(
     Args:
         models: unwrapped trained models by the name of their folder in a checkpoint, in the order of `prepare`.
         learners: what trains them; averages are saved under the names of the models they belong to.
+        tracker_arguments: by tracker, for its start.
         more: further fields of `Run`.
     """
     output_dir, is_main = Path(config.run.output_dir), accelerator.is_main_process
@@ -222,7 +223,9 @@ def open_run(
     run = Run(
         accelerator=accelerator,
         config=config,
-        log=RunLog(output_dir, config.log, configs.to_dict(config), is_main=is_main),
+        log=RunLog(
+            output_dir, config.log, configs.to_dict(config), is_main=is_main, tracker_arguments=tracker_arguments
+        ),
         checkpoints=Checkpoints(accelerator, output_dir, models, emas, config.checkpoint.checkpoints_total_limit),
         stop=stop,
         watch=Watch(output_dir / "watch", token[0], rank, num_processes, config.run.hang_timeout_s),

@@ -6,6 +6,7 @@ Inputs are RGB in [0, 1], results are one value per image or clip.
 import hashlib
 import logging
 import os
+import pickle
 import urllib.request
 import warnings
 from pathlib import Path
@@ -229,9 +230,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # truncated archives, pickles with code and other formats raise a dozen types
-        # The text of an UnpicklingError advises to run the code.
-        refused = "no plain tensors" if isinstance(error, pickle.UnpicklingError) else ""
-        reason = refused or str(error).strip().split("\n")[0]
+        # The text of an UnpicklingError advises to run the code; those of the others say nothing.
+        is_no_pickle = isinstance(error, pickle.UnpicklingError | LookupError | EOFError)
+        reason = "no plain tensors" if is_no_pickle else str(error).strip().split("\n")[0]
         raise ValueError(f"{path} cannot be read as a state dict ({reason})") from error
 
 

@@ -151,11 +151,12 @@ class EMA:
         decay: upper bound.
         offload: keep the average in host memory.
         warmup: False uses `decay` itself from the first update on.
+        every: only every so-manieth call of `update` changes the average.
     """
 
-    def __init__(self, module: nn.Module, decay: float, offload: bool = False, warmup: bool = True):
+    def __init__(self, module: nn.Module, decay: float, offload: bool = False, warmup: bool = True, every: int = 1):
         self.module, self.decay, self.updates = module, decay, 0
-        self.offload, self.warmup = offload, warmup
+        self.offload, self.warmup, self.every = offload, warmup, every
         self.average = [self._place(p.detach().float().clone()) for p in self._live()]
 
     def _live(self) -> list[nn.Parameter]:
@@ -175,6 +176,8 @@ class EMA:
     def update(self) -> None:
         """One update, after an optimizer step."""
         self.updates += 1
+        if self.updates % self.every:
+            return
         live = [self._place(p.detach().float()) for p in self._live()]
         torch._foreach_lerp_(self.average, live, 1.0 - self.current_decay())  # pyright: ignore[reportPrivateImportUsage]
 

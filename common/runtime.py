@@ -87,7 +87,7 @@ def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_param
 
 
 def _set_up_deepspeed(config: dict[str, Any], precision: str) -> None:
-    """Weights stay in float32 and compute under autocast, as without DeepSpeed, which would make them half precision."""
+    """Weights stay in float32 and compute under autocast, as without DeepSpeed, which would halve their precision."""
     config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed's own count of throughput alone uses it
     if precision in ("bf16", "fp16"):
         config[precision] = {"enabled": False}

@@ -235,7 +235,7 @@ def test_flags_in_the_text_exist(guide: Path) -> None:
     named = set(re.findall(r"`(?:[^`\n]* )?--([a-z]\w+)", text))
     launcher = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
     known = launcher.union(*(flags_of(parser) for parser in PARSERS.values()))
-    known |= {"check", "device", "size"}  # of ruff, and of bench/refiner.py
+    known |= {"check", "device", "size", "only", "vgg_weights"}  # of ruff, and of bench/refiner.py
     assert sorted(named - known) == []
 
 

@@ -63,7 +63,7 @@ class VaeModel:
         None, "folder with weights and config.json to start from; optimizer and position are not read"
     )
     ignore_mismatched_sizes: bool = option(
-        False, "build model_config's network and take those pretrained weights that fit it"
+        False, "build model_config's network and take those pretrained weights that fit it", needs="model_config"
     )
     freeze_encoder: bool = option(False, "train the decoder alone", state=True)
     enable_tiling: bool = option(
@@ -138,13 +138,19 @@ class VaeLog(LogConfig):
 class VaeValidation(ValidationConfig):
     validation_steps: int | None = option(1000, "optimizer steps between validations; null counts epochs", minimum=1)
     eval_video_path: str | None = option(None, "folder of validation videos; null skips validation")
-    eval_num_frames: int = option(17, "first frames of each validation clip", minimum=1)
-    eval_resolution: int = option(256, "height and width of validation clips in pixels", minimum=8)
-    eval_sample_rate: int = option(1, "interval between the frames of a validation clip", minimum=1)
-    eval_batch_size: int = option(8, "validation clips per process that pass together", minimum=1)
-    max_validation_items: int | None = option(100, "validation clips; null is all", minimum=1)
-    eval_num_video_log: int = option(2, "validation clips written as video", minimum=0)
-    eval_lpips: bool = option(False, "measure LPIPS (AlexNet), too")
+    eval_num_frames: int = option(17, "first frames of each validation clip", minimum=1, needs="eval_video_path")
+    eval_resolution: int = option(
+        256, "height and width of validation clips in pixels", minimum=16, needs="eval_video_path"
+    )
+    eval_sample_rate: int = option(
+        1, "interval between the frames of a validation clip", minimum=1, needs="eval_video_path"
+    )
+    eval_batch_size: int = option(
+        8, "validation clips per process that pass together", minimum=1, needs="eval_video_path"
+    )
+    max_validation_items: int | None = option(100, "validation clips; null is all", minimum=1, needs="eval_video_path")
+    eval_num_video_log: int = option(2, "validation clips written as video", minimum=0, needs="eval_video_path")
+    eval_lpips: bool = option(False, "measure LPIPS (AlexNet), too", needs="eval_video_path")
     lpips_weights: str | None = option(
         None, "AlexNet weights of torchvision for LPIPS; null looks in torch hub's cache", needs="eval_lpips"
     )

@@ -28,9 +28,17 @@ from tqdm.auto import tqdm
 from common import runtime
 from common.config import Parser, option
 from common.metrics import SSIM_WINDOW_PX, Lpips, flicker, psnr, ssim
-from common.video import VIDEO_SUFFIXES, MediaError, find_files, probe_video, read_frames
+from common.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    MediaError,
+    find_files,
+    load_image,
+    probe_video,
+    read_frames,
+)
 from vae import fvd
-from vae.data import eval_transform, valid_frame_indices
+from vae.data import eval_transform, is_image, valid_frame_indices
 from vae.fvd import FvdMethod
 from vae.reconstruct import (
     METRICS_FILE,
@@ -150,11 +158,12 @@ def find_pairs(data: PairsConfig) -> list[Pair]:
         ValueError: there are no generated videos.
     """
     root, real_root = Path(str(data.generated_video_dir)), Path(str(data.real_video_dir))
-    generated = [path.relative_to(root) for path in find_files(root, VIDEO_SUFFIXES)]
+    suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if data.num_frames == 1 else ())
+    generated = [path.relative_to(root) for path in find_files(root, suffixes)]
     names = [path for path in generated if path.parts[0] not in (ORIGIN, SIDE_BY_SIDE)]
     if not names:
         raise ValueError(f"--generated_video_dir {root} holds no videos: run step 1 (gen_video.sh) first")
-    inputs = {path.relative_to(real_root) for path in find_files(real_root, VIDEO_SUFFIXES)}
+    inputs = {path.relative_to(real_root) for path in find_files(real_root, suffixes)}
     by_stem: dict[Path, list[Path]] = {}
     for path in inputs:
         by_stem.setdefault(path.with_suffix(""), []).append(path)
@@ -198,10 +207,16 @@ def read_pair(data: PairsConfig, rate: int, pairs: Sequence[Pair], index: int) -
 
 
 def _read(path: Path, data: PairsConfig, sample_rate: int) -> Tensor:
-    have, needed = probe_video(path).num_frames, data.num_frames * sample_rate
-    if have < needed:
-        raise MediaError(path, f"clip has {have} frames, num_frames x sample_rate needs {needed}: lower --num_frames")
-    frames = torch.from_numpy(read_frames(path, valid_frame_indices(data.num_frames, sample_rate))).permute(0, 3, 1, 2)
+    if is_image(path):
+        pixels = np.array(load_image(path))[None]  # (1, H, W, 3)
+    else:
+        have, needed = probe_video(path).num_frames, data.num_frames * sample_rate
+        if have < needed:
+            raise MediaError(
+                path, f"clip has {have} frames, num_frames x sample_rate needs {needed}: lower --num_frames"
+            )
+        pixels = read_frames(path, valid_frame_indices(data.num_frames, sample_rate))  # (T, H, W, 3)
+    frames = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W)
     crop = None if data.crop_size is None else (data.crop_size, data.crop_size)
     return eval_transform(frames, data.resolution, crop) / 2 + 0.5  # (3, T, H, W)
 

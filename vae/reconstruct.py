@@ -40,7 +40,7 @@ from common.config import Parser, RunConfig, find_file, option
 from common.data import BAD_SAMPLE_ERRORS
 from common.metrics import flicker, psnr, ssim
 from common.runtime import Processes
-from common.video import VIDEO_SUFFIXES, clip_writer, find_files
+from common.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, clip_writer, find_files, save_image
 from vae import upstream
 from vae.data import EvalClips, is_image, list_videos, to_uint8_frames
 from vae.models.load import load_model
@@ -281,15 +281,16 @@ def claim_folder(folder: Path, settings: dict[str, Any], processes: Processes) -
         ValueError: it holds reconstructions of other settings, or other videos.
     """
     path = folder / SETTINGS
-    if processes.is_main_process and not path.exists():
+    if processes.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        if found := find_files(folder, VIDEO_SUFFIXES):
+        found = find_files(folder, VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+        if found and not path.exists():
             raise ValueError(
                 f"--generated_video_dir {folder} holds other videos ({found[0].name}): choose an empty folder"
             )
-        write_json(path, settings)
-    if processes.is_main_process:
-        for leftover in folder.rglob(".*.tmp.mp4"):
+        if not found:  # also where a run with wrong settings has come to nothing
+            write_json(path, settings)
+        for leftover in folder.rglob(".*.tmp.*"):
             leftover.unlink()
     processes.wait_for_everyone()
     before = json.loads(path.read_text(encoding="utf-8"))
@@ -299,7 +300,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], processes: Processes) -
     if differing:
         raise ValueError(
             f"{folder} holds reconstructions of other settings ({'; '.join(differing)}): choose another "
-            f"--generated_video_dir, or delete the folder. If these are the same in truth, delete {path}"
+            f"--generated_video_dir, or delete the folder. If these are the same in truth, correct {path}"
         )
 
 
@@ -448,6 +449,9 @@ class Reconstruction:
             self.records.append(METRICS_FILE, row | {name: values[n] for name, values in metrics.items()})
 
     def _write_clip(self, path: Path, frames: np.ndarray) -> None:
+        if is_image(path):
+            save_image(path, frames[0])
+            return
         files = self.config.files
         fps = files.sample_fps / self.config.data.sample_rate
         with clip_writer(path, fps, crf=files.crf, lossless=files.lossless) as write:

@@ -1,7 +1,6 @@
 """Training, from the command line to the exported weights; reads top to bottom."""
 
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -9,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from common import loop, runtime
 from common.checkpoint import CheckpointError, read_weights
 from common.config import find_file
-from common.data import SamplePlan, rng_for
+from common.data import BAD_SAMPLE_ERRORS, SamplePlan, rng_for
 from common.metrics import Lpips, LpipsUnavailable, find_backbone_weights, lpips_for_all, read_state_dict
 from common.optim import EMA, Learner, build_adamw, lr_schedule
 from common.preflight import preflight
@@ -27,6 +27,7 @@ from vae.data import Clips, EvalClips, list_videos
 from vae.models.discriminator import NLayerDiscriminator, NLayerDiscriminator3D, RealAndFake
 from vae.models.load import build_model, load_model
 from vae.models.perceptual import PerceptualLoss
+from vae.models.pretrained import read_json
 from vae.models.wfvae import WFVAE
 from vae.task import SHEET_CLIPS, SHEET_FRAMES, VaeTask
 
@@ -45,19 +46,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     with runtime.clear_errors():
         if config.run.preflight:
             accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+            # From step 0, so that the few steps try both turns, and need the memory of both.
+            config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, disc_start=0))
             sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
         train(config, warnings)
 
 
 def draw_samples(config: VaeConfig) -> np.ndarray:
-    """A contact sheet of the first clips that training will see."""
-    clips, rows = training_data(config), []
+    """A contact sheet of the first clips that can be read; ValueError if not one of them can."""
+    clips, rows, reasons = training_data(config), [], []
     for number in range(min(len(clips), SHEET_CLIPS)):
-        video = (
-            clips.sample(number, rng_for(config.run.seed, "augmentation", number))["video"] / 2 + 0.5
-        )  # (3, T, R, R)
+        try:
+            video = clips.sample(number, rng_for(config.run.seed, "augmentation", number))["video"]  # (3, T, R, R)
+        except BAD_SAMPLE_ERRORS as error:  # training replaces it
+            logger.warning("a training clip cannot be read: %s", error)
+            reasons.append(str(error))
+            continue
+        video = video / 2 + 0.5
         chosen = np.linspace(0, video.shape[1] - 1, min(SHEET_FRAMES, video.shape[1])).round().astype(int)
         rows.append([video[:, index] for index in chosen])
+    if not rows:
+        raise ValueError(f"none of the first {len(reasons)} training clips can be read, the first: {reasons[0]}")
     return contact_sheet(rows)
 
 
@@ -108,7 +117,7 @@ def load_vae(config: VaeConfig) -> Any:
     """
     model, data, validation = config.model, config.data, config.validation
     json_path = find_file(model.model_config, "--model_config") if model.model_config else None
-    vae = build_model(model.model_name, json.loads(json_path.read_text())) if json_path else None
+    vae: Any = build_model(model.model_name, read_json(json_path)) if json_path else None
     if model.pretrained_model_name_or_path:
         folder = _folder(model.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
         if vae is not None:
@@ -144,13 +153,22 @@ def _load_fitting(vae: nn.Module, folder: Path) -> None:
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     vae.load_state_dict(fitting, strict=False)
     fresh = sorted(own.keys() - fitting.keys())
-    logger.warning("%d of %d tensors start at random, e.g. %s", len(fresh), len(own), ", ".join(fresh[:5]) or "none")
+    if fresh:
+        logger.warning("%d of %d tensors start at random, e.g. %s", len(fresh), len(own), ", ".join(fresh[:5]))
 
 
 def load_adversary(config: VaeConfig) -> RealAndFake:
-    """The discriminator, fresh or from another run's checkpoint."""
-    is_3d = DISCRIMINATORS[config.loss.discriminator_class] == 3
-    adversary = RealAndFake(NLayerDiscriminator3D() if is_3d else NLayerDiscriminator())
+    """The discriminator, fresh or from another run's checkpoint; ValueError if clips are too small for it."""
+    build = NLayerDiscriminator3D if DISCRIMINATORS[config.loss.discriminator_class] == 3 else NLayerDiscriminator
+    adversary, data = RealAndFake(build()), config.data
+    with torch.device("meta"):
+        try:
+            build()(torch.empty(data.batch_size, 3, data.num_frames, data.resolution, data.resolution))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the discriminator cannot take a batch of {data.batch_size} clips of {data.num_frames} frames, "
+                f"{data.resolution} px, whose last layers have no two values per channel: raise --resolution"
+            ) from error
     if source := config.model.load_disc_from_checkpoint:
         upstream.load_strictly(adversary, _discriminator_weights(Path(source)), source)
     return adversary
@@ -177,9 +195,8 @@ def load_perceptual(config: VaeConfig, accelerator: Processes) -> PerceptualLoss
     for turn in (True, False):
         if accelerator.is_main_process is turn:
             try:
-                found = PerceptualLoss.load(
-                    read_state_dict(find_backbone_weights("vgg", config.loss.vgg_weights)), accelerator.device
-                )
+                path = find_backbone_weights("vgg", config.loss.vgg_weights, setting="vgg_weights")
+                found = PerceptualLoss.load(read_state_dict(path), accelerator.device)
             except (LpipsUnavailable, FileNotFoundError, ValueError) as error:
                 raise LpipsUnavailable(
                     f"{error} (The loss needs it: --vgg_weights names a file, --perceptual_weight 0 does without)"
@@ -237,11 +254,13 @@ def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
         "model": Learner(vae, vae_optimizer, learning_rate, max_norm, ema),
         "discriminator": Learner(adversary, adversary_optimizer, learning_rate, max_norm),
     }
-    begin_at = {}
+    begin_at: dict[str, Any] = {}
     if source:
         parts = upstream.read_parts(source, config.checkpoint)
         optimizers = (vae_optimizer, adversary_optimizer)
         upstream.restore(parts, bare_vae, bare_adversary, optimizers, ema, accelerator.scaler, str(source))
+        if accelerator.is_main_process:
+            logger.info("%s", parts.summary(source))
         begin_at = {"step": parts.step, "sample": parts.step * global_batch if parts.sample is None else parts.sample}
 
     # Resume, say what is about to happen, train.

@@ -7,7 +7,6 @@ A file is a pickled dictionary: `state_dict` with `gen_model` and `dics_model` (
 """
 
 import argparse
-import json
 import logging
 import os
 import pickle
@@ -22,15 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, problems_of, read_state, read_weights
+from common.metrics import read_state_dict
 from common.optim import EMA
 from common.runtime import clear_errors
 from vae.config import VaeCheckpoint
 from vae.models.load import build_model
+from vae.models.perceptual import PerceptualLoss
+from vae.models.pretrained import read_json, weight_differences
 
 logger = logging.getLogger(__name__)
 
 EMA_PREFIX, DISCRIMINATOR_PREFIX = "module.", "discriminator."
 OPTIMIZERS = ("optimizer.bin", "optimizer_1.bin")  # in the order of `accelerator.prepare`
+FRESH_SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+FRESH_SCALER["_growth_tracker"] = 0  # the original scales in any precision, and refuses an empty state
 PART_FLAGS = ("not_resume_training_process", "not_resume_optimizer", "not_resume_discriminator")
 
 
@@ -54,6 +58,18 @@ class UpstreamCheckpoint:
     scaler: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     sample: int | None = None
+
+    def summary(self, source: Path) -> str:
+        """What a run takes from `source`, for the log."""
+        held = {
+            "its average": self.ema,
+            "its optimizer": self.vae_optimizer,
+            "discriminator": self.discriminator,
+            "the discriminator's optimizer": self.discriminator_optimizer,
+        }
+        taken = ["autoencoder", *(name for name, part in held.items() if part)]
+        fresh = [name for name, part in held.items() if not part]
+        return f"from {source}: {', '.join(taken)}; not from there: {', '.join(fresh) or 'nothing'}"
 
     @property
     def discriminator(self) -> dict[str, Tensor]:
@@ -82,7 +98,11 @@ def read_ckpt(path: Path) -> UpstreamCheckpoint:
             scaler=content.get("scaler_state") or {},
             step=int(content.get("current_step", 0)),
         )
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
+    except pickle.UnpicklingError as error:  # its text advises to run the code
+        raise CheckpointError(
+            f"{path} is no checkpoint of the original's layout, or is damaged (no plain tensors and numbers)"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
         raise CheckpointError(f"{path} is no checkpoint of the original's layout, or is damaged ({reason})") from error
 
@@ -117,7 +137,7 @@ def load_ckpt_model(path: Path, model_name: str | None = None, model_config: str
             "config.json, or name it with --model_config"
         )
     ckpt = read_ckpt(ckpt_path)
-    model = build_model(model_name, json.loads(config_path.read_text()))
+    model = build_model(model_name, read_json(config_path))
     load_strictly(model, ckpt.vae, str(ckpt_path))
     if ckpt.ema and "NOT_USE_EMA_MODEL" not in os.environ:
         load_strictly(model, {**model.state_dict(), **ckpt.ema}, f"the average in {ckpt_path}")
@@ -126,12 +146,11 @@ def load_ckpt_model(path: Path, model_name: str | None = None, model_config: str
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """`load_state_dict` whose error says what differs; CheckpointError."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        differences = [line.strip() for line in str(error).splitlines()[1:4]]
-        what = f"{type(module).__name__}: {' '.join(differences)[:600]}"
-        raise CheckpointError(f"{source} does not hold the weights of this {what}") from None
+    differences = weight_differences(module, state)
+    if differences:
+        name = type(getattr(module, "discriminator", module)).__name__
+        raise CheckpointError(f"{source} does not hold the weights of this {name}: {'; '.join(differences)}")
+    module.load_state_dict(state)
 
 
 def trained_parameters(vae: Any) -> list[nn.Parameter]:
@@ -191,7 +210,7 @@ def _averages(folder: Path) -> dict[str, Tensor]:
     """The averaged parameters; buffers and fixed filters are not averaged."""
     averaged = read_weights(folder / "vae_ema")
     with torch.device("meta"):
-        model = build_model(None, json.loads((folder / "vae" / "config.json").read_text()))
+        model = build_model(None, read_json(folder / "vae" / "config.json"))
     return {name: averaged[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -221,20 +240,30 @@ def restore(
         try:
             optimizer.load_state_dict(state)
         except (ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"the optimizer state in {source} does not fit: {error}") from None
+            raise CheckpointError(
+                f"the optimizer state in {source} does not fit: {error}. Another --freeze_encoder needs a fresh one: "
+                "--not_resume_optimizer"
+            ) from None
     if ema is not None:
         ema.restore({**dict(vae.named_parameters()), **parts.ema}, updates=parts.step)
     if scaler is not None and parts.scaler:
         scaler.load_state_dict(parts.scaler)
 
 
-def write_ckpt(folder: Path, path: Path) -> None:
+def write_ckpt(folder: Path, path: Path, vgg_weights: Path | None = None) -> None:
     """Writes a checkpoint folder of ours as a .ckpt file of the original, and config.json beside it.
+
+    Args:
+        vgg_weights: torchvision's VGG16, for the `perceptual_loss.*` that the original's trainer has in its files.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
+        ValueError: `vgg_weights` are not VGG16's.
     """
     parts, state = read_folder(folder), read_state(folder)
+    if vgg_weights is not None:
+        perceptual = PerceptualLoss.load(read_state_dict(vgg_weights)).state_dict()
+        parts.loss |= {f"perceptual_loss.{name}": value for name, value in perceptual.items()}
     epoch, index = divmod(state["sample"], state["fingerprint"]["num_items"])
     content = {
         "epoch": epoch,
@@ -242,7 +271,7 @@ def write_ckpt(folder: Path, path: Path) -> None:
         "optimizer_state": {"gen_optimizer": parts.vae_optimizer, "disc_optimizer": parts.discriminator_optimizer},
         "state_dict": {"gen_model": parts.vae, "dics_model": parts.loss},
         "ema_state_dict": {f"{EMA_PREFIX}{name}": value for name, value in parts.ema.items()},
-        "scaler_state": parts.scaler,
+        "scaler_state": parts.scaler or FRESH_SCALER,
         "sampler_state": {"epoch": epoch, "seed": 0, "current_index": index // state["world_size"]},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,9 +288,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="folder checkpoint-<step>")
     parser.add_argument("output", type=Path, help="file to write; config.json is put beside it")
+    parser.add_argument("--vgg_weights", type=Path, help="torchvision's VGG16, which the original's trainer expects")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     with clear_errors():
-        write_ckpt(arguments.checkpoint, arguments.output)
+        write_ckpt(arguments.checkpoint, arguments.output, arguments.vgg_weights)
     print(f"wrote {arguments.output} and {arguments.output.with_name('config.json')}")
 
 

@@ -497,6 +497,12 @@ def test_no_weights(tmp_path: Path) -> None:
     assert str(raised.value) == f"{tmp_path} holds no safetensors weights"
 
 
+def test_damaged_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged, or no safetensors file: Error while"):
+        read_weights(tmp_path)
+
+
 # The checkpoints of a run ---------------------------------------------------------------------------------------------
 
 

@@ -813,3 +813,28 @@ def test_any_yaml_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> N
     path = tmp_path_factory.getbasetemp() / "text.yaml"
     path.write_text(f"run: {{seed: 1}}\n{text}")
     assert_parses_or_refuses(["--config", str(path)])
+
+
+# Interpolations and mappings ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    root: str = option("here", "a folder")
+    parts: dict | None = option(None, "folders by name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacesConfig:
+    places: Places = field(default_factory=Places)
+
+
+def test_interpolations_see_the_overrides_and_keys_of_mappings_can_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "places.yaml"
+    path.write_text("a:\n  root: there\n  parts: {one: '${a.root}/one', two: {three: 3, four: [4]}}\n")
+    parser = Parser(PlacesConfig, aliases={"a.root": "places.root", "a.parts": "places.parts"})
+    config, warnings = parser.parse([f"config={path}", "a.root=elsewhere", "a.parts.two.four=[5,6]"])
+    assert warnings == [] and config.places.root == "elsewhere"
+    assert config.places.parts == {"one": "elsewhere/one", "two": {"three": 3, "four": [5, 6]}}
+    config, _ = parser.parse([f"config={path}"])
+    assert config.places.parts == {"one": "there/one", "two": {"three": 3, "four": [4]}}

@@ -141,5 +141,5 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     output = run(tmp_path / "run", "--batch_size", "22", "--max_train_steps", "1", status=1)
-    assert "train_batch_size 22 x 1 processes is 22, the training items are 21" in output
+    assert "data.batch_size 22 x 1 processes is 22, the training items are 21" in output
     assert not (tmp_path / "run").exists()

@@ -23,8 +23,6 @@ def module(case: Case) -> nn.Module:
     return case.load_weights(made)
 
 
-
-
 def check_layer(case: Case) -> None:
     with torch.no_grad():
         case.check("y", module(case)(case.inputs["x"]))

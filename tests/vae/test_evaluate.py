@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from common.metrics import Lpips, flicker, psnr, ssim
-from common.video import clip_writer, read_frames
+from common.video import clip_writer, read_frames, save_image
 from vae.data import eval_transform
 from vae.evaluate import PARSER, find_pairs, main
 from vae.fvd import frechet_distance, load_features
@@ -162,6 +162,15 @@ def test_bad_pairs_are_reported_and_do_not_count(folders, capsys):
     text = problem(capsys, flags(folders, "--metric", "psnr"))
     assert f"1 of 4 videos of {folders[1]} have no counterpart of the same path" in text and ": sub/short.mp4" in text
     short.unlink()
+
+
+def test_images_are_clips_of_one_frame(tmp_path, capsys):
+    for folder, level in (("real", 100), ("fake", 110), ("fake/origin", 100)):
+        save_image(tmp_path / folder / "a.png", np.full((32, 40, 3), level, np.uint8))
+    main(flags((tmp_path / "real", tmp_path / "fake"), "--metric", "psnr", "--num_frames", "1"))
+    assert report(tmp_path / "fake", "psnr")["mean"]["psnr"] == pytest.approx(20 * np.log10(255 / 10))
+    text = problem(capsys, flags((tmp_path / "real", tmp_path / "fake"), "--metric", "psnr"))
+    assert "holds no videos" in text  # of more than one frame
 
 
 def test_pairs_of_other_suffixes(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.metrics import flicker, psnr, ssim
-from common.video import clip_writer, probe_video, read_frames
+from common.video import clip_writer, load_image, probe_video, read_frames, save_image
 from vae import reconstruct
 from vae.data import EvalClips, list_videos, to_uint8_frames
 from vae.models.load import build_model, load_model
@@ -197,6 +197,24 @@ def test_other_settings_do_not_mix(flags, tmp_path, capsys):
     assert "holds reconstructions of other settings (sample_rate 2 there, 1 now): choose another" in text
     (tmp_path / "out" / "settings.json").unlink()
     assert "holds other videos (a.mp4): choose an empty folder" in problem(capsys, flags)
+
+
+def test_settings_that_came_to_nothing_do_not_bind(flags, tmp_path, capsys):
+    too_large = [*flags, "--crop_size", "64"]
+    assert "a crop of 64x64 px does not fit into frames of" in problem(capsys, too_large)
+    main([*flags, "--subset_size", "1"])
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["crop_px"] is None
+
+
+def test_images_become_images(weights, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    save_image(tmp_path / "in" / "a.png", pixels)
+    paths = ["--real_video_dir", str(tmp_path / "in"), "--generated_video_dir", str(tmp_path / "out")]
+    more = "--num_frames 1 --resolution 32 --num_workers 0 --device cpu --output_origin --side_by_side".split()
+    main(["--from_pretrained", str(weights), *paths, *more])
+    assert np.array_equal(np.asarray(load_image(tmp_path / "out" / "origin" / "a.png")), pixels)
+    sizes = {str(p.relative_to(tmp_path / "out")): load_image(p).size for p in (tmp_path / "out").rglob("*.png")}
+    assert sizes == {"a.png": (40, 32), "origin/a.png": (40, 32), "side_by_side/a.png": (80, 32)}
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(flags, dataset, tmp_path, capsys):

@@ -15,10 +15,12 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from vae import upstream
+from vae.config import PARSER
 from vae.models.load import load_model
 from vae.train import main
 
 VAE = Path(__file__).parents[2] / "vae"
+KEYS = Path(__file__).parents[3] / "shared" / "specs" / "keys" / "loss_lpips_with_discriminator3d.json"
 BIN = Path(sys.executable).parent
 RESULTS = (
     "step kind loss grad_norm lr epoch psnr ssim flicker nll_loss kl_loss wl_loss g_loss d_weight rec_per_pixel lpips"
@@ -180,7 +182,9 @@ def test_processes_and_accumulation_change_nothing(flags: list[str], tmp_path: P
                     torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=3e-3, msg=f"{name} {key}")
 
 
-def test_an_original_checkpoint_is_written_and_resumed_from(flags: list[str], tmp_path: Path) -> None:
+def test_an_original_checkpoint_is_written_and_resumed_from(
+    flags: list[str], tmp_path: Path, vgg_weights: Path
+) -> None:
     flags += ["--save_ckpt_step", "3", "--max_steps", "6"]
     train(*flags, "--output_dir", tmp_path / "whole")
     ckpt = tmp_path / "ckpt" / "checkpoint-3.ckpt"
@@ -191,7 +195,14 @@ def test_an_original_checkpoint_is_written_and_resumed_from(flags: list[str], tm
     }  # fmt: skip
     assert set(content["state_dict"]) == {"gen_model", "dics_model"}
     assert all(name.startswith("module.") for name in content["ema_state_dict"])
-    assert "discriminator.main.0.weight" in content["state_dict"]["dics_model"]
+    keys = json.loads(KEYS.read_text()) if KEYS.is_file() else {}  # of the original's loss
+    upstream.main(
+        [str(tmp_path / "whole" / "checkpoint-3"), str(tmp_path / "all.ckpt"), "--vgg_weights", str(vgg_weights)]
+    )
+    loss = torch.load(tmp_path / "all.ckpt", weights_only=True)["state_dict"]["dics_model"]
+    assert {"logvar", "discriminator.main.0.weight", "perceptual_loss.lin0.model.1.weight"} <= set(loss)
+    assert not keys or {name: list(value.shape) for name, value in loss.items()} == keys
+    torch.amp.GradScaler("cpu").load_state_dict(content["scaler_state"])  # as the original does, in any precision
 
     train(*flags, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", ckpt)
     assert metrics(tmp_path / "resumed") == [record for record in metrics(tmp_path / "whole") if record["step"] > 3]
@@ -275,7 +286,10 @@ def test_broken_files_are_replaced_and_named(flags: list[str], videos: Path, tmp
         (["--resume_from_checkpoint", "nowhere.ckpt"], ["nowhere.ckpt is not a file"]),
         (["--resume_from_checkpoint", "checkpoint-9"], ["there is no checkpoint 'checkpoint-9'"]),
         (["--load_disc_from_checkpoint", "nowhere"], ["neither a .ckpt file nor a checkpoint folder"]),
-        (["--batch_size", "9"], ["the batch is larger than the data"]),
+        (["--batch_size", "9"], ["the batch is larger than the data: data.batch_size 9 x 1"]),
+        (["--vgg_weights", "nowhere", "--perceptual_weight", "1"], ["or set vgg_weights to where it is"]),
+        (["--num_frames", "1", "--resolution", "16"], ["batch of 1 clips of 1 frames, 16 px", "raise --resolution"]),
+        (["--disc_cls", "LPIPSWithDiscriminator", "--resolution", "16"], ["discriminator cannot take", "16 px"]),
     ],
 )
 def test_bad_input_is_refused_at_start(
@@ -294,6 +308,93 @@ def test_bad_input_is_refused_at_start(
     assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"{'a': 1}", "bad.json is no valid JSON"),
+        (b'"\xff"', "bad.json is no valid JSON"),
+        (b"[1]", "bad.json holds a list"),
+        (b'{"base_channels": -4}', "base_channels is -4, but must not be negative"),
+        (b'{"base_chanels": 4}', "did you mean 'base_channels'?"),
+    ],
+)
+def test_a_bad_json_is_refused(
+    flags: list[str], content: bytes, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(SystemExit):
+        train(*flags, "--model_config", tmp_path / "bad.json", "--output_dir", tmp_path / "run")
+    assert text in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_damaged_weights_are_refused(
+    flags: list[str], tiny_json: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for folder, name in (("vae", "diffusion_pytorch_model"), ("other/discriminator", "model")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{name}.safetensors").write_bytes(b"x" * 100)
+    shutil.copy(tiny_json, tmp_path / "vae" / "config.json")
+    pretrained = [word for word in flags if word not in ("--model_config", str(tiny_json))]
+    for words in (
+        [*pretrained, "--pretrained_model_name_or_path", tmp_path / "vae"],
+        [*flags, "--load_disc_from_checkpoint", tmp_path / "other"],
+    ):
+        with pytest.raises(SystemExit):
+            train(*words, "--output_dir", tmp_path / "run")
+        assert "model.safetensors is damaged, or no safetensors file" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_does_not_fit_is_said(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(*flags, "--max_steps", "3", "--output_dir", tmp_path / "one")
+    again = [*flags, "--output_dir", tmp_path / "two", "--resume_from_checkpoint", tmp_path / "one" / "checkpoint-3"]
+    frozen = [*again, "--freeze_encoder", "--max_steps", "4"]
+    texts = {
+        "the checkpoint is of step 3, but the run ends after step 2": [*again, "--max_steps", "2"],
+        "its optimizer trained other parameters": [*frozen, "--allow_changed", "model.freeze_encoder"],
+        "Another --freeze_encoder needs a fresh one: --not_resume_optimizer": [*frozen, "--not_resume_discriminator"],
+        "does not hold the weights of this NLayerDiscriminator: 11 missing: discriminator.main.5.weight": [
+            *again, "--not_resume_optimizer", "--disc_cls", "LPIPSWithDiscriminator", "--max_steps", "4"
+        ],
+    }  # fmt: skip
+    for text, words in texts.items():
+        with pytest.raises(SystemExit):
+            train(*words)
+        assert text in capsys.readouterr().err
+    train(*frozen, "--not_resume_optimizer")
+    assert "autoencoder, its average, discriminator, the discriminator's optimizer; not from there: its optimizer" in (
+        capsys.readouterr().err
+    )
+
+
+def test_settings_without_effect_are_named() -> None:
+    words = (
+        "--video_path v --pretrained_model_name_or_path p --eval_lpips --eval_num_frames 9 --ignore_mismatched_sizes"
+    )
+    _, warnings = PARSER.parse(words.split())
+    assert warnings == [
+        "--eval_lpips has no effect: eval_video_path is null",
+        "--eval_num_frames has no effect: eval_video_path is null",
+        "--ignore_mismatched_sizes has no effect: model_config is null",
+    ]
+    with pytest.raises(ValueError, match="--eval_resolution: 8 is below the least value 16"):  # SSIM's window
+        PARSER.parse([*words.split(), "--eval_resolution", "8"])
+
+
+def test_the_trial_tries_both_turns_and_passes_over_broken_clips(
+    flags: list[str], videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(videos, tmp_path / "videos")
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"x")
+    words = ["--video_path", tmp_path / "videos", "--disc_start", "50", "--max_bad_fraction", "0.5"]
+    with pytest.raises(SystemExit) as ended:
+        train(*flags, *words, "--output_dir", tmp_path / "run", "--preflight")
+    printed = capsys.readouterr()
+    assert ended.value.code == 0 and "ready to train" in printed.out and "loss_discriminator=" in printed.err
+    assert "a training clip cannot be read" in printed.err and (tmp_path / "run-preflight-samples.png").exists()
+
+
 def test_a_damaged_ckpt_is_refused_without_running_its_code(tmp_path: Path) -> None:
     import pickle
 
@@ -304,8 +405,11 @@ def test_a_damaged_ckpt_is_refused_without_running_its_code(tmp_path: Path) -> N
     path = tmp_path / "x.ckpt"
     for content in (pickle.dumps(Code()), b"", b"PK\x03\x04 torn"):
         path.write_bytes(content)
-        with pytest.raises(upstream.CheckpointError, match="is no checkpoint of the original's layout, or is damaged"):
+        with pytest.raises(
+            upstream.CheckpointError, match="is no checkpoint of the original's layout, or is damaged"
+        ) as raised:
             upstream.read_ckpt(path)
+        assert "weights_only" not in str(raised.value)  # PyTorch advises to run the code
     torch.save({"state_dict": {"unet": {}}}, path)
     with pytest.raises(upstream.CheckpointError, match="gen_model"):
         upstream.read_ckpt(path)

@@ -214,7 +214,7 @@ def _group_norm_backward(
     dweight: Tensor,
     dbias: Tensor,
 ) -> None:
-    """d/dx of w (x - m) r + b, with m and r functions of x: w r (g - mean(g w)/w - ...) in two passes over the rows."""
+    """dx = r (g w - mean(g w) - n mean(g w n)) of n = (x - m) r, g that of n w + b; means over a group."""
     dtype = weight.dtype
     mean, rstd = _group_statistics(sample, norm)
     scale = weight * rstd

@@ -103,7 +103,8 @@ class CausalConv3d(nn.Module):
     def convolve(self, x: Tensor, repeated: bool) -> Tensor:
         """The convolution of frames that have been padded in time; `repeated`: with the first of them."""
         conv = self.conv
-        if conv.stride == (1, 1, 1) and conv.padding == (0, 1, 1) and winograd.saves(x, conv.weight):
+        fits = conv.stride == (1, 1, 1) and conv.padding == (0, 1, 1) and conv.bias is not None
+        if fits and winograd.saves(x, conv.weight):
             return winograd.convolve(x, conv.weight, conv.bias, repeated)
         if x.device.type == "cpu" and x.numel() < conv.weight.numel():
             x = x.contiguous()  # the other layout would be imposed on the weight, which is larger

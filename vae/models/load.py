@@ -4,29 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vae.models.pretrained import PretrainedModel, VaeOutput, json_class_name, read_config
+from vae.models.causalvae import CausalVAE
+from vae.models.pretrained import PretrainedModel, json_class_name, read_config
+from vae.models.wfvae import WFVAE
+from vae.models.wfvae2 import WFVAE2
 
-__all__ = ["PretrainedModel", "VaeOutput", "build_model", "load_model"]
-
-
-def model_classes() -> dict[str, type[PretrainedModel]]:
-    """{model name: class}."""
-    from vae.models.causalvae import CausalVAE
-    from vae.models.wfvae import WFVAE
-    from vae.models.wfvae2 import WFVAE2
-
-    return {each.__name__: each for each in (WFVAE, WFVAE2, CausalVAE)}
+MODELS: dict[str, type[PretrainedModel]] = {"WFVAE": WFVAE, "WFVAE2": WFVAE2, "CausalVAE": CausalVAE}
 
 
 def find_class(model_name: str | None, config: Mapping[str, Any]) -> type[PretrainedModel]:
     """The class of a name (or, if that is None, of the configuration's `_class_name`); ValueError if there is none."""
-    classes = model_classes()
-    by_json_name = {json_class_name(each): each for each in classes.values()}
+    by_json_name = {json_class_name(each): each for each in MODELS.values()}
     name = config.get("_class_name") if model_name is None else model_name
-    found = classes.get(name) or by_json_name.get(name)
+    found = MODELS.get(name) or by_json_name.get(name)
     if found is None:
         what = f"there is no model {name!r}" if name else "the configuration has no _class_name"
-        raise ValueError(f"{what}: give a model name, one of {', '.join(classes)}")
+        raise ValueError(f"{what}: give a model name, one of {', '.join(MODELS)}")
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -87,7 +88,11 @@ class PretrainedModel(nn.Module):
             raise FileNotFoundError(f"no weights {path}; the folder holds {there}")
         with torch.device("meta"):  # no time for an initialization that is overwritten
             model = cls.from_config(config)
-        load_exactly(model, {name: value.float() for name, value in load_file(path).items()}, str(path))
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+        load_exactly(model, {name: value.float() for name, value in state.items()}, str(path))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -114,9 +119,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: give the folder of a model, with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration's file; ValueError if it holds no JSON object."""
     try:
         config = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, but must hold an object of names and values")
@@ -138,11 +148,17 @@ def parse_config(model_class: type[PretrainedModel], config: Mapping[str, Any]) 
             problems.append(f"unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
         elif not _fits(value, defaults[key]):
             problems.append(f"{key} is {value!r}, but must be like {defaults[key]!r}")
+        elif key not in ("scale", "shift") and _is_negative(value):
+            problems.append(f"{key} is {value!r}, but must not be negative")
         else:
             values[key] = tuple(value) if isinstance(value, list) else value
     if problems:
         raise ValueError(f"configuration of {model_class.__name__}: " + "; ".join(problems))
     return model_class.config_class(**values)
+
+
+def _is_negative(value: Any) -> bool:
+    return any(map(_is_negative, value)) if isinstance(value, list | tuple) else isinstance(value, int) and value < 0
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -158,6 +174,17 @@ def _fits(value: Any, default: Any) -> bool:
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load weights whose names and shapes are the model's; ValueError lists what differs."""
+    problems = weight_differences(model, state)
+    if problems:
+        raise ValueError(f"{source} does not fit the configuration: " + "; ".join(problems))
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def weight_differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Which names and shapes are not the model's, in short; empty if all are."""
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     differing = [
@@ -168,13 +195,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         "unknown": [name for name in found if name not in own],
         "of another shape": differing,
     }
-    problems = [f"{len(names)} {kind}: {_some(names)}" for kind, names in lists.items() if names]
-    if problems:
-        raise ValueError(f"{source} does not fit the configuration: " + "; ".join(problems))
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{source}: {error}") from error
+    return [f"{len(names)} {kind}: {_some(names)}" for kind, names in lists.items() if names]
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:

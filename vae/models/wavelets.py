@@ -21,6 +21,7 @@ GAIN_3D = 0.35359999537467957
 GAIN_2D = 0.5
 BANDS_3D = ("h", "g", "hh", "gh", "h_v", "g_v", "hh_v", "gh_v")
 BANDS_2D = ("aa", "ad", "da", "dd")
+SAVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in which a checkpoint may have rounded the filters
 AXES_3D = (2, 3, 4)  # of the band number's highest bit, ..., lowest bit
 AXES_2D = (3, 2)
 
@@ -59,12 +60,13 @@ def check_filters(
         found = state.get(prefix + name)
         if found is None or found.is_meta or found.shape != constant.shape:
             continue  # strict loading speaks of names and shapes
-        rounded = constant.to(found.dtype).to(torch.float32)
-        if not torch.allclose(found.to("cpu", torch.float32), rounded, rtol=1e-6, atol=0):
+        found = found.to("cpu", torch.float32)
+        if not any(torch.allclose(found, constant.to(dtype).float(), rtol=1e-6, atol=0) for dtype in SAVED_DTYPES):
             errors.append(
                 f"{prefix}{name} holds {found.flatten().tolist()}, but this wavelet's filter is the constant"
                 f" {constant.flatten().tolist()}: these weights are of another transform"
             )
+            return
 
 
 class _Wavelet(nn.Module):

@@ -47,7 +47,7 @@ def transforms(num_outputs: int, repeated: bool, dtype: torch.dtype) -> Transfor
 
         # Toom-Cook: polynomials multiplied by their values at points. A correlation is the transpose of that product.
         matrices = powers(num_outputs).T, powers(3), np.linalg.inv(powers(num_outputs + 2)).T
-    return Transforms(*(torch.as_tensor(np.asarray(each), dtype=dtype) for each in matrices))
+    return Transforms(*(torch.as_tensor(np.asarray(each), dtype=dtype, device="cpu") for each in matrices))
 
 
 class Run(NamedTuple):
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
 
 def runs(num_samples: int, num_frames: int, block: int) -> Iterator[list[Run]]:
-    """All output frames, in lists of at most `block` runs of equal length: 1 and 2 for the remainder at first, then 4."""
+    """All output frames, in lists of at most `block` runs of one length: 1 and 2 for the remainder first, then 4."""
     start = 0
     for num_outputs, number in ((1, num_frames % 2), (2, num_frames // 2 % 2), (4, num_frames // 4)):
         places = [
@@ -130,7 +130,9 @@ class _Winograd(torch.autograd.Function):
             dproducts = _combine(grads, block, matrices.outputs.T.contiguous(), padded=False)
             combined = _combine(frames, block, matrices.frames)
             dcombined = torch.empty_like(combined) if needs_x else None
-            for index, (dproduct, images, factors) in enumerate(zip(dproducts, combined, matrices.kernels, strict=True)):
+            for index, (dproduct, images, factors) in enumerate(
+                zip(dproducts, combined, matrices.kernels, strict=True)
+            ):
                 dimages, dkernel, _ = torch.ops.aten.convolution_backward(
                     dproduct,
                     images,
