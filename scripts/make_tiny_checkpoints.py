@@ -17,11 +17,21 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection, PhiConfig
 
 
 @contextmanager
@@ -382,6 +392,99 @@ def make_vae_config(directory: Path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# diffnext: BAAI/nova-d48w1024-sdxl1024 (images, flow matching) and BAAI/nova-d48w1024-osp480 (videos, DDPM)
+
+# Multiples of the 32 groups; the last differs, or the keys of the residual blocks' 1x1 shortcuts would be missing.
+NOVA_VAE = dict(block_out_channels=(32, 32, 32, 64), layers_per_block=1, latent_channels=4)
+NOVA_TRANSFORMER = dict(
+    image_dim=4,
+    image_stride=8,
+    text_token_dim=32,
+    text_token_len=16,
+    arch=(
+        dict(depth=2, embed_dim=64, num_heads=2),
+        dict(depth=4, embed_dim=64, num_heads=2),
+        dict(depth=2, embed_dim=48),
+    ),
+)
+NOVA_TEXT_ENCODER = dict(
+    vocab_size=257,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    hidden_act="gelu_pytorch_tanh",
+    max_position_embeddings=64,
+    partial_rotary_factor=0.4,
+    bos_token_id=256,
+    eos_token_id=256,
+    pad_token_id=256,
+)
+
+
+def make_nova_checkpoint(directory: Path, kind: str, seed: int = 0) -> Path:
+    """A miniature NOVA that `diffnext.pipelines.NOVAPipeline.from_pretrained` loads.
+
+    The same seed gives the same bytes; files already in `directory` are overwritten. Returns `directory`.
+
+    Args:
+        kind: `t2i`, 64 x 64 px, 16 tokens, flow matching; or `t2v`, 64 x 96 px, up to 16 latent frames of 24 tokens,
+            DDPM.
+    """
+    # Here, because the other miniatures need nothing of this repository.
+    from diffnext.models.autoencoders import autoencoder_kl as images
+    from diffnext.models.autoencoders import autoencoder_kl_opensora as videos
+    from diffnext.models.text_encoders.phi import PhiEncoderModel
+    from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+
+    directory = Path(directory)
+    is_video = kind == "t2v"
+    if is_video:
+        size = dict(image_size=(64, 96), image_base_size=(4, 6), video_base_size=(16, 2, 3))
+        scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    else:
+        size = dict(image_size=(64, 64), image_base_size=(4, 4), video_base_size=(1, 2, 2))
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    with seeded(seed):
+        text_encoder = PhiEncoderModel(PhiConfig(**NOVA_TEXT_ENCODER))
+        transformer = NOVATransformer3DModel.from_config({**NOVA_TRANSFORMER, **size})
+        if is_video:
+            vae = videos.AutoencoderKLOpenSora(videos.AutoencoderKLOpenSoraConfig(**NOVA_VAE))
+        else:
+            vae = images.AutoencoderKL(images.AutoencoderKLConfig(**NOVA_VAE, scaling_factor=0.13025))
+    scheduler.save_pretrained(directory / "scheduler")
+    write_phi_tokenizer(directory / "tokenizer")
+    text_encoder.half().save_pretrained(directory / "text_encoder", max_shard_size="64KB")  # two shards
+    transformer.half().save_pretrained(directory / "transformer")
+    vae.save_pretrained(directory / "vae")
+    index = dict(_class_name="NOVAPipeline", _diffusers_version=diffusers.__version__)
+    index |= dict(scheduler=["diffusers", type(scheduler).__name__], tokenizer=["transformers", "CodeGenTokenizerFast"])
+    # Modules in the folders, which the original's pipeline imports; ours reads the names of the classes alone.
+    for name, part in dict(text_encoder=text_encoder, transformer=transformer, vae=vae).items():
+        class_name = type(part).__name__
+        index[name] = [f"__{name}__", class_name]
+        line = f"from {type(part).__module__} import {class_name}  # noqa: F401\n"
+        (directory / name / f"__{name}__.py").write_text(line, encoding="utf-8")
+    write_json(directory / "model_index.json", dict(sorted(index.items())))
+    return directory
+
+
+def write_phi_tokenizer(directory: Path) -> None:
+    """Phi-2's byte-level tokenizer without merges: every byte of a text is a token; the empty text has none."""
+    symbols = sorted(ByteLevel.alphabet())
+    vocab = {symbol: index for index, symbol in enumerate([*symbols, "<|endoftext|>"])}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    special = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "pad", "unk")}
+    tokenizer_config = dict(**special, model_max_length=2048, tokenizer_class="CodeGenTokenizer")
+    write_json(directory / "tokenizer_config.json", tokenizer_config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
@@ -389,6 +492,8 @@ MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
         directory, arguments.seed, arguments.vae_fit_steps
     ),
     "vae": lambda directory, arguments: make_vae_config(directory),
+    "diffnext_t2i": lambda directory, arguments: make_nova_checkpoint(directory, "t2i", arguments.seed),
+    "diffnext_t2v": lambda directory, arguments: make_nova_checkpoint(directory, "t2v", arguments.seed),
 }
 
 

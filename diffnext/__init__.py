@@ -1,0 +1,1 @@
+"""NOVA: autoregressive text-to-image and text-to-video generation without vector quantization."""

@@ -1,0 +1,1 @@
+"""Record data sets, and what a training run reads from them."""

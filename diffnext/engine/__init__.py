@@ -1,0 +1,1 @@
+"""Learning-rate schedules under the names that configuration files have for them."""

@@ -1,0 +1,178 @@
+"""Training, from the command line to the exported weights; reads top to bottom."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import loop, runtime
+from common.data import SamplePlan, rng_for
+from common.optim import EMA, Learner, build_adamw
+from common.preflight import preflight
+from common.replay import replay
+from common.video import contact_sheet
+from diffnext.config import PARSER, NovaConfig, NovaOptim, resolved
+from diffnext.data.dataset import Records
+from diffnext.engine.lr_scheduler import ConstantLR, CosineLR, MultiStepLR
+from diffnext.models.parameters import frozen_parameters, parameter_groups
+from diffnext.models.pretrained import CONFIG_FILE, read_config
+from diffnext.models.transformers.transformer_nova import NovaConfig as TransformerConfig
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.pipelines import load_components
+from diffnext.task import NovaTask
+
+logger = logging.getLogger(__name__)
+
+MEMORY_KNOBS = (
+    "training.batch_size (raise training.gradient_accumulation_steps to match), model.loss_repeat, or use "
+    "model.gradient_checkpointing=3, training.mixed_precision=bf16, ema.params.device=cpu, cached text embeddings"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains as the command line says; see `--help`."""
+    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
+    config = resolved(config)
+    with runtime.clear_errors():
+        if config.run.preflight:
+            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
+        train(config, warnings)
+
+
+def schedule(optim: NovaOptim, total_steps: int) -> ConstantLR:
+    """The learning rate of each optimizer step; ValueError for settings that make none."""
+    common: dict[str, Any] = {
+        "lr_max": optim.learning_rate,
+        "lr_min": optim.lr_min,
+        "max_steps": optim.schedule_steps or total_steps,
+        "warmup_steps": optim.warmup_steps,
+        "warmup_factor": optim.warmup_factor,
+    }
+    if optim.schedule_kind == "cosine":
+        return CosineLR(**common, decay_step=optim.decay_step)
+    if optim.schedule_kind == "multistep":
+        return MultiStepLR(**common, decay_steps=optim.decay_steps, decay_gamma=optim.decay_gamma)
+    return ConstantLR(**common)
+
+
+def draw_samples(config: NovaConfig) -> np.ndarray:
+    """The first channels of the first latents that training will see, as a contact sheet."""
+    records, cells = training_data(config, transformer_config(config)), []
+    for number in range(min(len(records), 8)):
+        moments = records.sample(number, rng_for(config.run.seed, "augmentation", number))["moments"]
+        mean = np.float32(moments[:3] if moments.ndim == 3 else moments[:3, 0])  # (3, h, w)
+        low, high = mean.min(), mean.max()
+        cells.append((mean - low) / max(high - low, 1e-6))
+    return contact_sheet([cells])
+
+
+def transformer_config(config: NovaConfig) -> TransformerConfig:
+    """The network's sizes: those of transformer/config.json, and of the configuration where it gives others."""
+    model = config.model
+    folder = Path((model.module_dict or {}).get("transformer") or Path(str(model.pretrained_path)) / "transformer")
+    stored = read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
+    settings = {**stored, **(model.module_config or {}).get("transformer", {})}
+    if not settings:
+        raise FileNotFoundError(
+            f"there is no {folder / CONFIG_FILE}: pipeline.paths.pretrained_path must be a NOVA pipeline's folder, or "
+            "pipeline.paths.module_config.transformer give the network's sizes"
+        )
+    return NOVATransformer3DModel.parse_config(settings)
+
+
+def training_data(config: NovaConfig, network: TransformerConfig) -> Records:
+    """The cached latents of a configuration, refused where they do not go with the network."""
+    height, width = (side // network.image_stride for side in network.image_size)
+    return Records(
+        config.data.dataset,
+        latent_channels=network.image_dim,
+        latent_size=None if network.rotary_pos_embed else (height, width),
+        text_token_dim=network.text_token_dim,
+        text_token_len=network.text_token_len,
+        needs_flow=network.video_base_size[0] > 1,
+    )
+
+
+def train(config: NovaConfig, warnings: Sequence[str] = ()) -> None:
+    """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
+    config = loop.aside_if_replaying(config)
+    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+    stop = runtime.stop_signal(accelerator, config.run)
+    for warning in warnings if accelerator.is_main_process else ():
+        logger.warning("%s", warning)
+    output_dir, device = Path(str(config.run.output_dir)), accelerator.device
+
+    # Data: batches hold latents of one shape.
+    network = transformer_config(config)
+    records = training_data(config, network)
+    records.check()
+    global_batch = loop.batch_of(accelerator, config)
+    loop.require_enough_items(len(records), config.data.batch_size, accelerator.num_processes)
+    plan = SamplePlan(len(records), config.run.seed, global_batch, records.groups())
+
+    # The run folder, and where it was left off.
+    runtime.require_shared_folder(accelerator, output_dir)
+    fingerprint = records.fingerprint()
+    resume_point = loop.find_resume_point(accelerator, config, output_dir, fingerprint)
+
+    # The pipeline: all frozen but most of the transformer. What no step needs is not loaded.
+    runtime.seed_model_randomness(config.run.seed, 0)
+    generates = bool(config.validation.prompts)
+    components = load_components(
+        str(config.model.pretrained_path),
+        config.model.module_dict,
+        config.model.module_config,
+        text_encoder=generates or not records.has_encoded_text,
+        vae=generates,
+        random_transformer=config.model.from_scratch,
+    )
+    bare = components.transformer.train()
+    for name in frozen_parameters(bare, config.model.kind):
+        bare.get_parameter(name).requires_grad_(False)
+    bare.enable_gradient_checkpointing(config.model.gradient_checkpointing)
+    for frozen in (components.text_encoder, components.vae):
+        if frozen is not None:
+            frozen.requires_grad_(False).to(device, runtime.weight_dtype(accelerator))
+
+    # Optimizer, learning rate, moving average.
+    optimizer = build_adamw(parameter_groups(bare), config.optim, device)
+    transformer, optimizer = accelerator.prepare(bare, optimizer)
+    total_steps = loop.total_steps(config.run, len(records), global_batch)
+    ema = None
+    if config.optim.ema_decay is not None:
+        every, offload = config.optim.ema_update_every, config.optim.ema_device == "cpu"
+        ema = EMA(bare, config.optim.ema_decay, offload, warmup=False, every=every)
+    learning_rate = schedule(config.optim, total_steps)
+    learners = {"model": Learner(transformer, optimizer, learning_rate, config.optim.max_grad_norm, ema)}
+
+    # Resume, say what is about to happen, train.
+    run = loop.open_run(
+        accelerator,
+        config,
+        stop,
+        models={"transformer": bare},
+        learners=learners,
+        num_items=len(records),
+        fingerprint=fingerprint,
+        resume_point=resume_point,
+        tracker_arguments={"wandb": _wandb_arguments(config)},
+        memory_knobs=MEMORY_KNOBS,
+    )
+    task = NovaTask(config, accelerator, transformer, components, run.log, stop)
+    loader = loop.open_loader(run, records, plan)
+    if config.run.replay:
+        replay(run, task, loader, Path(config.run.replay))
+    else:
+        loop.fit(run, task, loader, learners)
+    run.end()
+
+
+def _wandb_arguments(config: NovaConfig) -> dict[str, Any]:
+    """The run's name, and the run that is gone on with."""
+    named = {"name": config.log.run_name, "id": config.log.wandb_run_id}
+    arguments = {key: value for key, value in named.items() if value}
+    return arguments | ({"resume": "allow"} if config.log.wandb_run_id else {})

@@ -1,0 +1,251 @@
+"""Training as users start it: the documented commands, resume, and what bad input is told."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import make_tiny_checkpoints
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from diffnext.data.records import RecordWriter
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+from diffnext.train import main
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+CONFIGS = {"t2i": "nova_d48w1024_sdxl1024", "t2v": "nova_d48w1024_osp480"}
+RESULTS = {"step", "kind", "loss", "loss_t2i", "loss_i2i", "grad_norm", "lr", "epoch"}
+NUM_RECORDS = 16
+
+
+def write_cache(folder: Path, shape: tuple[int, ...], *, embedded: bool = False) -> Path:
+    """Random latents with captions: texts, or for `embedded` encoded ones of differing lengths."""
+    text = {"data": "bytes", "shape": ["int64"]} if embedded else "string"
+    features = {"moments": "bytes", "caption": text, "text": text, "shape": ["int64"]}
+    features |= {"flow": "float64"} if len(shape) == 4 else {}
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with RecordWriter(str(folder), features) as writer:
+        for number in range(NUM_RECORDS):
+            moments = rng.standard_normal(shape).astype(np.float16)
+            moments[shape[0] // 2 :] -= 3
+            caption, short = f"A thing with the number {number}. It is long.", f"thing {number}"
+            if embedded:
+                values = rng.standard_normal((number % 3 + 1, 32)).astype(np.float16)
+                caption = short = {"data": values.tobytes(), "shape": list(values.shape)}
+            example = {"shape": shape, "moments": moments.tobytes(), "caption": caption, "text": short}
+            writer.write(example | ({"flow": float(number % 5 + 1)} if len(shape) == 4 else {}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny NOVA folders."""
+    root = tmp_path_factory.mktemp("nova")
+    return {kind: make_tiny_checkpoints.make_nova_checkpoint(root / kind, kind, 0) for kind in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory, pipelines: dict[str, Path]) -> dict[str, Path]:
+    """Latents of the sizes that the tiny folders have."""
+    root, found = tmp_path_factory.mktemp("caches"), {}
+    for kind, folder in pipelines.items():
+        network = json.loads((folder / "transformer" / "config.json").read_text())
+        height, width = (side // network["image_stride"] for side in network["image_size"])
+        frames = () if kind == "t2i" else (min(5, network["video_base_size"][0]),)
+        found[kind] = write_cache(root / kind, (2 * network["image_dim"], *frames, height, width))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Works in the repository root, as documented, and lets training start anew in this process afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    monkeypatch.chdir(ROOT)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def words_of(kind: str, pipelines: dict[str, Path], caches: dict[str, Path], output_dir: Path) -> list[str]:
+    """The documented command's words for a tiny folder."""
+    return [
+        f"config=./configs/{CONFIGS[kind]}.yaml",
+        f"pipeline.paths.pretrained_path={pipelines[kind]}",
+        f"experiment.output_dir={output_dir}",
+        f"train_dataloader.params.dataset={caches[kind]}",
+        "model.gradient_checkpointing=3",
+        "training.batch_size=1",
+        # Beside the guide's: the tiny network's own sizes, an end, and no tracker.
+        "pipeline.paths.module_config.transformer="
+        + json.dumps(json.loads((pipelines[kind] / "transformer" / "config.json").read_text())),
+        "training.max_train_steps=4",
+        "train_dataloader.params.num_workers=0",
+        "experiment.log_every=1",
+        "log.report_to=none",
+    ]
+
+
+def train(*words: object) -> None:
+    """One training run in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    main([str(word) for word in words])
+
+
+def launch(*words: str, config: str, processes: int = 1) -> str:
+    """Runs `accelerate launch` with a launcher file of ours, and returns what it printed."""
+    command = [BIN / "accelerate", "launch", "--config_file", f"accelerate_configs/{config}"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", "scripts/train.py", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    """metrics.jsonl without the clock's readings."""
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key in RESULTS} for record in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_documented_command_without_deepspeed_with_one_and_two_processes(
+    kind: str, pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["training.mixed_precision=fp32", "ema.params.update_every=2"]
+    accumulated = "training.gradient_accumulation_steps=2"
+    launch(*words_of(kind, pipelines, caches, one), *more, accumulated, config="ddp.yaml")
+    launch(*words_of(kind, pipelines, caches, two), *more, config="ddp.yaml", processes=2)
+    losses = {"loss"} if kind == "t2i" else {"loss", "loss_t2i", "loss_i2i"}
+    for ours, reference in zip(metrics(two), metrics(one), strict=True):
+        assert losses <= set(reference)
+        for name in losses | {"grad_norm", "lr"}:
+            assert ours[name] == pytest.approx(reference[name], rel=1e-4), name
+    assert {path.name for path in (one / "checkpoint-4").iterdir()} >= {"transformer", "transformer_ema"}
+    exported, average = weights(one / "export" / "transformer"), weights(one / "checkpoint-4" / "transformer_ema")
+    assert all(torch.equal(exported[key], average[key]) for key in average)
+    NOVATransformer3DModel.from_pretrained(one / "export" / "transformer")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_command_again_continues_bit_for_bit(
+    precision: str, pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path
+) -> None:
+    words = words_of("t2v", pipelines, caches, tmp_path / "whole")
+    words += [f"training.mixed_precision={precision}", "experiment.save_every=2", "ema.params.update_every=1"]
+    words += ["lr_scheduler.target=diffnext.engine.lr_scheduler.CosineLR", "training.batch_size=2"]
+    train(*words)
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    for name in ("checkpoint-4", "export"):
+        shutil.rmtree(cut / name)
+    train(*words, f"experiment.output_dir={cut}")
+    assert metrics(cut) == metrics(tmp_path / "whole")
+    for name in ("transformer", "transformer_ema"):
+        ours, theirs = (weights(folder / "checkpoint-4" / name) for folder in (cut, tmp_path / "whole"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    ours, theirs = (
+        torch.load(d / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"] for d in (cut, tmp_path / "whole")
+    )
+    assert all(torch.equal(ours[i][k], theirs[i][k]) for i in theirs for k in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs the extra deepspeed")
+@pytest.mark.parametrize(
+    ("kind", "file", "processes"), [("t2i", "1_gpus_zero2.yaml", 1), ("t2v", "8_gpus_zero2.yaml", 2)]
+)
+def test_the_documented_commands_with_deepspeed(
+    kind: str, file: str, processes: int, pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path
+) -> None:
+    words = [*words_of(kind, pipelines, caches, tmp_path / "zero"), "experiment.save_every=2"]
+    launch(*words, config=file, processes=processes)
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "zero", cut)
+    for name in ("checkpoint-4", "export"):
+        shutil.rmtree(cut / name)
+    launch(*words, f"experiment.output_dir={cut}", config=file, processes=processes)
+    assert metrics(cut) == metrics(tmp_path / "zero")
+    ours, theirs = (weights(folder / "checkpoint-4" / "transformer") for folder in (cut, tmp_path / "zero"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_cached_texts_give_the_loss_of_encoded_ones(
+    pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path
+) -> None:
+    from diffnext.data.dataset import Records
+    from diffnext.models.text_encoders.phi import text_rows
+    from diffnext.pipelines import load_components
+
+    parts = load_components(pipelines["t2i"], vae=False)
+    embed, config = parts.transformer.text_embed, parts.transformer.config
+    plain = Records([caches["t2i"]], latent_channels=4)
+    folder = tmp_path / "embedded"
+    folder.mkdir()
+    text = {"data": "bytes", "shape": ["int64"]}
+    with RecordWriter(str(folder), {"moments": "bytes", "caption": text, "text": text, "shape": ["int64"]}) as writer:
+        for record in plain.sets[0]:
+            encoded = {}
+            for name in ("caption", "text"):
+                rows = text_rows([record[name]], embed, parts.text_encoder, parts.tokenizer)[0]
+                used = int((rows != embed.weight[: config.text_token_len]).any(1).sum())
+                values = rows[:used].numpy().astype(np.float16)
+                encoded[name] = {"data": values.tobytes(), "shape": list(values.shape)}
+            writer.write({"shape": record["shape"], "moments": record["moments"], **encoded})
+    words = words_of("t2i", pipelines, caches, tmp_path / "plain")
+    train(*words, "training.mixed_precision=fp32")
+    train(*words, "training.mixed_precision=fp32", f"experiment.output_dir={tmp_path / 'cached'}",
+          f"train_dataloader.params.dataset={folder}")  # fmt: skip
+    for ours, reference in zip(metrics(tmp_path / "cached"), metrics(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-3)  # embeddings were rounded to float16
+
+
+def test_validation_draws_the_prompts(pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path) -> None:
+    words = [*words_of("t2i", pipelines, caches, tmp_path / "run"), "training.max_train_steps=1"]
+    words += ["validation.prompts=[a thing, thing 3]", "validation.num_inference_steps=2"]
+    train(*words, "validation.num_diffusion_steps=2")
+    pictures = sorted(path.name for path in (tmp_path / "run" / "validation" / "step-000001").iterdir())
+    assert pictures == ["000-frames.png", "000.png", "001-frames.png", "001.png", "sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("train_dataloader.params.dataset=/nowhere", "/nowhere"),
+        ("pipeline.paths.pretrained_path=/nowhere", "/nowhere"),
+        ("training.batch_size=17", "the batch is larger than the data"),
+        ("model.gradient_checkpointing=4", "greatest value 3"),
+        ("pipeline.target=diffnext.NoPipeline", "it must be t2i, t2v"),
+        ("lr_scheduler.target=StepLR", "choose among ConstantLR"),
+        ("training.max_train_stesp=3", "did you mean"),
+    ],
+)
+def test_bad_input_is_refused_at_start(
+    word: str, text: str, pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        train(*words_of("t2i", pipelines, caches, tmp_path / "run"), word)
+    assert ended.value.code in (1, 2)
+    assert text in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/checkpoint-*"))

@@ -1,0 +1,500 @@
+"""NOVA's modules, schedules and training steps against recorded vectors."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import vectors as golden
+from torch import Tensor, nn
+from vectors import Vectors
+
+from common.optim import EMA
+from diffnext.models.attention import KVCache, frame_causal_attention, rotary_angles, rotate
+from diffnext.models.blocks import Block, VisionTransformer
+from diffnext.models.diffusion_mlp import AdaLayerNorm, DiffusionMLP, TimeCondEmbed, timestep_waves
+from diffnext.models.embeddings import (
+    LabelEmbed,
+    MotionEmbed,
+    PatchEmbed,
+    TextEmbed,
+    VideoPosEmbed,
+    grid_positions,
+    patchify,
+    position_embedding,
+    unpatchify,
+)
+from diffnext.models.masking import MaskEmbed, gather_tokens, mask_ratio, split_tokens
+from diffnext.models.noise import NoiseSchedule, noise_schedule
+from diffnext.models.objective import NovaDraws, nova_inputs, total_loss
+from diffnext.models.parameters import frozen_parameters, parameter_groups
+from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
+
+TRAINER = "diffnext"
+FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
+
+
+# Weights and comparison.
+
+
+def rule_state(module: nn.Module, seed: int, sums: Mapping[str, float]) -> dict[str, Tensor]:
+    """Weights by the README's rule; `sums` are those of the recorded module's."""
+    state = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    assert set(state) == set(sums)
+    values = {}
+    for i, name in enumerate(sorted(state)):
+        n = np.random.RandomState(seed * 100_003 + i).standard_normal(state[name]).astype(np.float32)
+        if n.ndim > 1:
+            n = n / np.sqrt(n.size / n.shape[0])
+        else:
+            n = 1 + 0.1 * n if name.endswith(".weight") else 0.1 * n
+        values[name] = torch.from_numpy(n.astype(np.float32)).half().float()
+        assert values[name].double().sum().item() == pytest.approx(sums[name], abs=1e-9), name
+    return values
+
+
+def filled(module: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """A module with the weights of its entry in a header's config."""
+    module.load_state_dict(rule_state(module, config["weights_seed"], config["weights_check"]))
+    return module.eval()
+
+
+def check(vectors: Vectors, name: str, actual: Tensor, expected: Tensor | None = None) -> None:
+    """Compare at the one tolerance that the header states for all tensors."""
+    rule = vectors.header["tolerance"]
+    limits = {"rtol": float(rule["rtol"]), "atol": float(rule["atol"])}
+    expected = vectors[name] if expected is None else expected
+    torch.testing.assert_close(
+        actual.detach(),
+        expected,
+        **limits,
+        check_dtype=expected.is_floating_point(),
+        msg=lambda text: f"{vectors.path.name}: {name}: {text}",
+    )
+
+
+def frame_lengths(mask: Tensor) -> list[int]:
+    """Tokens per frame of a recorded additive mask (n, n): tokens of one frame see equally many."""
+    return (mask == 0).sum(dim=1).unique_consecutive(return_counts=True)[1].tolist()
+
+
+# Embeddings.
+
+
+@golden.by_file(TRAINER, "embeddings*.safetensors", having="pos2d")
+def test_position_embeddings(vectors: Vectors) -> None:
+    config = vectors.config["VideoPosEmbed"]
+    embed = filled(VideoPosEmbed(config["dim"], config["base_size"]), config)
+    check(vectors, "pos2d", position_embedding(config["base_size"][1:], config["dim"]))
+    check(vectors, "video_pos.out", embed(vectors["video_pos.in"]))
+    for num_frames in vectors.under("time_embed."):
+        check(vectors, f"time_embed.{num_frames}", embed.time(int(num_frames)))
+
+
+@golden.by_file(TRAINER, "embeddings*.safetensors", having="rope.q")
+def test_rotary_positions(vectors: Vectors) -> None:
+    config = vectors.config["rope"]
+    positions = grid_positions(config["t"], config["hw"])
+    torch.testing.assert_close(positions.expand(len(vectors["rope.pos"]), -1, -1).float(), vectors["rope.pos"])
+    angles = rotary_angles(positions, config["dim"], config["theta"])[None]
+    pad = (0, 0, config["pad"], 0)
+    check(vectors, "rope.out", rotate(vectors["rope.q"], nn.functional.pad(angles, pad)))
+    ids = vectors["rope.ids"][..., 0]
+    some = gather_tokens(angles.expand(len(ids), -1, -1), ids)
+    check(vectors, "rope.out_ids", rotate(vectors["rope.q_ids"], nn.functional.pad(some, pad)))
+
+
+@golden.by_file(TRAINER, "embeddings*.safetensors", having="motion.out")
+def test_motion_embedding(vectors: Vectors) -> None:
+    config = vectors.config["MotionEmbed"]
+    embed = filled(MotionEmbed(config["dim"]), config)
+    flow, fps = vectors["motion.flow"], vectors["motion.fps"]
+    check(vectors, "motion.out", embed(flow, fps))
+    check(vectors, "motion.out_flow_only", embed(flow))
+    check(vectors, "motion.out_default", embed(torch.full_like(flow, config["base_flow"])))
+
+
+@golden.by_file(TRAINER, "embeddings*.safetensors", having="patch.x")
+def test_patches(vectors: Vectors) -> None:
+    config = vectors.config["PatchEmbed"]
+    patch, x = config["patch_size"], vectors["patch.x"]
+    embed = filled(PatchEmbed(config["image_dim"], config["embed_dim"], patch), config)
+    check(vectors, "patch.out", embed(x))
+    check(vectors, "patch.out5", embed(vectors["patch.x5"].transpose(1, 2)))
+    check(vectors, "patch.patchify", patchify(x, patch))
+    check(vectors, "patch.unpatchify", unpatchify(patchify(x, patch), patch, x.shape[-2:]))
+
+
+@golden.by_file(TRAINER, "embeddings*.safetensors", having="text.out")
+def test_text_embedding(vectors: Vectors) -> None:
+    config = vectors.config["TextEmbed"]
+    embed = filled(TextEmbed(config["token_dim"], config["embed_dim"], config["num_tokens"]), config)
+    prompts = [vectors[f"text.prompt.{i}"] for i in range(len(vectors["text.encoded"]))]
+    rows = embed.pad(prompts)
+    check(vectors, "text.encoded", rows)
+    check(vectors, "text.out", embed(rows))
+    draws = vectors["text.train_draws"]
+    repeated = embed.pad([prompts[i % len(prompts)] for i in range(len(draws))])
+    dropped = draws < config["dropout"]
+    expected = embed.norm(embed.proj(vectors["text.train_encoded"]))
+    check(vectors, "text.train_encoded", embed(repeated, dropped), expected)
+    check(vectors, "text.train_encoded", repeated[~dropped], vectors["text.train_encoded"][~dropped])
+
+
+@golden.by_file(TRAINER, "embeddings*.safetensors", having="label.out")
+def test_label_embedding(vectors: Vectors) -> None:
+    config = vectors.config["LabelEmbed"]
+    out = vectors["label.out"]
+    embed = filled(LabelEmbed(out.shape[-1], config["num_classes"]), config)
+    every = embed(torch.arange(config["num_classes"] + 1))[:, 0]  # the file holds no labels: find them
+    labels = torch.cdist(out[:, 0], every).argmin(dim=1)
+    check(vectors, "label.out", embed(labels))
+    assert torch.equal(embed(labels, torch.ones(len(labels), dtype=torch.bool))[:, 0], every[-1:].expand(len(out), -1))
+
+
+@golden.by_file(TRAINER, "embeddings*.safetensors", having="time.out")
+def test_time_and_condition_embedding(vectors: Vectors) -> None:
+    config = vectors.config["TimeCondEmbed"]
+    embed = filled(TimeCondEmbed(config["cond_dim"], config["embed_dim"]), config)
+    check(vectors, "time.freq", timestep_waves(vectors["time.t"]))
+    check(vectors, "time.out", embed(vectors["time.t"], vectors["time.z"]))
+    check(vectors, "time.out1d", embed(vectors["time.t1d"], vectors["time.z"]))
+
+
+# Blocks.
+
+
+@golden.by_file(TRAINER, "blocks*.safetensors", having="block.x")
+def test_block(vectors: Vectors) -> None:
+    config = vectors.config["block"]
+    block = filled(Block(config["dim"], config["heads"]), config)
+    check(vectors, "block.out", block(vectors["block.x"]))
+    lengths = frame_lengths(vectors["block.attn_mask"])
+    check(vectors, "block.out_masked", block(vectors["block.x"], frame_lengths=lengths))
+
+
+def vision_transformer(vectors: Vectors) -> VisionTransformer:
+    config = vectors.config["vit"]
+    sizes = (config["depth"], config["dim"], config["heads"], config["patch"], config["image_dim"])
+    return filled(VisionTransformer(*sizes), config)
+
+
+@golden.by_file(TRAINER, "blocks*.safetensors", having="vit.tok")
+def test_vision_transformer(vectors: Vectors) -> None:
+    vit, size = vision_transformer(vectors), vectors.config["vit"]["pos_embed_base"]
+    tokens, prefix, ids = vectors["vit.tok"], vectors["vit.c"], vectors["vit.prev_ids"][..., 0]
+    positions = position_embedding(size, vit.embed_dim)
+    x = tokens + positions
+    check(vectors, "vit.out_full", vit(x, prefix))
+    check(vectors, "vit.out_nocond", vit(x))
+    check(vectors, "vit.out_split", vit(x, prefix, ids))
+    check(vectors, "vit.out_split_empty", vit(x, prefix, ids[:, :0]))
+    check(vectors, "vit.out_img", vit(vit.patch_embed(vectors["vit.img"]) + positions, prefix))
+    angles = rotary_angles(grid_positions(1, size), vit.head_dim)[None]
+    check(vectors, "vit_rope.out_full", vit(tokens, prefix, angles=angles))
+    check(vectors, "vit_rope.out_split", vit(tokens, prefix, ids, angles))
+
+
+@golden.by_file(TRAINER, "blocks*.safetensors", having="kv.frames")
+def test_cached_frames_and_one_pass_agree(vectors: Vectors) -> None:
+    vit, frames, prefix = vision_transformer(vectors), vectors["kv.frames"], vectors["vit.c"]
+    caches = [KVCache() for _ in vit.blocks]
+    for t, expected in sorted(vectors.under("kv.out.").items(), key=lambda item: int(item[0])):
+        out = vit(frames[:, int(t)], None if int(t) else prefix, caches=caches)
+        check(vectors, f"kv.out.{t}", out, expected)
+    lengths = [frames.shape[2]] * frames.shape[1]
+    lengths[0] += prefix.shape[1]
+    check(vectors, "kv.masked_full", vit(frames.flatten(1, 2), prefix, frame_lengths=lengths))
+
+
+@golden.by_file(TRAINER, "blocks*.safetensors", having="ada.x")
+def test_adaptive_norms(vectors: Vectors) -> None:
+    config = vectors.config["AdaLayerNormZero"]
+    modulated, gate = filled(AdaLayerNorm(config["dim"], config["num_stats"]), config)(
+        vectors["ada.x"], vectors["ada.z"]
+    )
+    check(vectors, "ada.h", modulated)
+    check(vectors, "ada.gate", gate)
+    config = vectors.config["AdaLayerNorm_mixer"]
+    mixer = filled(AdaLayerNorm(config["dim"], rank=config["rank"], normalize=False), config)
+    check(vectors, "mixer.out", mixer(vectors["ada.x"][:, :1], vectors["ada.z"])[0])
+
+
+@golden.by_file(TRAINER, "blocks*.safetensors", having="mlp.x")
+def test_diffusion_head(vectors: Vectors) -> None:
+    config = vectors.config["DiffusionMLP"]
+    patch = config["patch_size"]
+    sizes = (config["depth"], config["embed_dim"], config["cond_dim"], patch, config["image_dim"])
+    head = filled(DiffusionMLP(*sizes), config)
+    tokens, z = patchify(vectors["mlp.x"], patch), vectors["mlp.z"]
+    check(vectors, "mlp.out", head(tokens, vectors["mlp.t"], z))
+    ids = vectors["mlp.pred_ids"][..., 0]
+    some = head(gather_tokens(tokens, ids), vectors["mlp.t1d"], gather_tokens(z, ids))
+    check(vectors, "mlp.out_ids", tokens.scatter(1, ids[..., None].expand_as(some), some))
+    check(vectors, "mlp.block_out", head.blocks[0](vectors["mlp.block_x"], vectors["mlp.block_z"]))
+
+
+# Masks.
+
+
+@golden.by_case(TRAINER, "masking*.safetensors", r"(attn_mask\.\d+)")
+def test_frame_causal_attention(vectors: Vectors, case: str) -> None:
+    mask = vectors[case]
+    seen = torch.eye(len(mask))[None, None]  # with equal scores, a token's output tells which values it sees
+    lengths = vectors.config[case]["attn_lens"]
+    out = frame_causal_attention(torch.zeros_like(seen), torch.zeros_like(seen), seen, lengths)[0, 0]
+    assert torch.equal(out > 0, mask == 0)
+    config = vectors.config[case]
+    frames = [config["tokens_per_frame"]] * config["frames"]
+    assert lengths == [config["text_len"] + frames[0], *frames[1:]]
+
+
+@golden.by_case(TRAINER, "masking*.safetensors", r"(train\.\d+)\.u")
+def test_training_mask(vectors: Vectors, case: str) -> None:
+    tensors, config = vectors.under(f"{case}."), vectors.config["train"]
+    embed = MaskEmbed(tensors["x"].shape[-1])
+    embed.load_state_dict(rule_state(embed, config["weights_seed"], config["weights_check"]))
+    visible, masked = split_tokens(tensors["u"], tensors["ratio"].item())
+    assert torch.equal(visible, tensors["prev_ids"][..., 0])
+    mask = torch.zeros_like(tensors["mask"]).scatter(1, masked[..., None], 1.0)
+    assert torch.equal(mask, tensors["mask"])
+    check(vectors, f"{case}.out", embed(tensors["x"], visible))
+
+
+@golden.by_file(TRAINER, "masking*.safetensors", having="train.0.u")
+def test_mask_ratio(vectors: Vectors) -> None:
+    config = vectors.config["train"]
+    ratios = [mask_ratio(uniform) for uniform in config["uniform_from_same_numpy_state"]]
+    np.testing.assert_allclose(ratios, config["ratios"], rtol=0, atol=1e-14)
+
+
+# Schedules.
+
+
+def schedule_config(case: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"_class_name": FLOW_MATCHING if case.startswith("fm") else "DDPMScheduler", **config}
+
+
+@golden.by_case(TRAINER, "schedulers*.safetensors", r"(.+)\.train_sigmas")
+def test_flow_matching_noise(vectors: Vectors, case: str) -> None:
+    tensors = vectors.under(f"{case}.")
+    noise = noise_schedule(schedule_config(case, vectors.config[case]))
+    check(vectors, f"{case}.train_sigmas", noise.sigmas)
+    check(vectors, f"{case}.train_timesteps", noise.sigmas * len(noise.sigmas))
+    assert torch.equal(noise.index(tensors["normal"]), tensors["index"])
+    corrupted = noise.corrupt(tensors["x"], tensors["noise"], tensors["normal"])
+    check(vectors, f"{case}.x_t", corrupted.noisy)
+    check(vectors, f"{case}.timestep", corrupted.timestep)
+    check(vectors, f"{case}.target", corrupted.target)
+
+
+@golden.by_case(TRAINER, "schedulers*.safetensors", r"(.+)\.alphas_cumprod")
+def test_ddpm_noise(vectors: Vectors, case: str) -> None:
+    tensors, config = vectors.under(f"{case}."), schedule_config(case, vectors.config[case])
+    targets = {"epsilon": tensors["noise"], "v_prediction": tensors["velocity"], "sample": tensors["x"]}
+    for prediction_type, target in targets.items():
+        noise = noise_schedule({**config, "prediction_type": prediction_type})
+        check(vectors, f"{case}.alphas_cumprod", noise.alphas_cumprod)
+        corrupted = noise.corrupt(tensors["x"], tensors["noise"], tensors["index"])
+        check(vectors, f"{case}.x_t", corrupted.noisy)
+        check(vectors, f"{case}.velocity", corrupted.target, target)
+        assert torch.equal(corrupted.timestep, tensors["index"].float())
+
+
+def steps_of(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Names and model outputs of the recorded sampler steps, in order."""
+    count = sum(name.startswith("step.") and name.endswith(".model_output") for name in tensors)
+    return ((f"step.{i}", tensors[f"step.{i}.model_output"]) for i in range(count))
+
+
+@golden.by_case(TRAINER, "schedulers*.safetensors", r"(.+)\.train_sigmas")
+def test_flow_matching_steps_of_diffusers(vectors: Vectors, case: str) -> None:
+    tensors, config = vectors.under(f"{case}."), vectors.config[case]
+    for name in tensors:
+        if name.startswith("set") and name.endswith("sigmas"):
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+            kind = name.partition(".")[0]
+            scheduler.set_timesteps(int(kind.removeprefix("set")))
+            check(vectors, f"{case}.{name}", scheduler.sigmas.double())
+            check(vectors, f"{case}.{kind}.timesteps", scheduler.timesteps)
+    x, steps = tensors["step.x0"], list(steps_of(tensors))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(len(steps))
+    for (name, output), timestep in zip(steps, scheduler.timesteps, strict=True):
+        x = scheduler.step(output, timestep, x).prev_sample
+        check(vectors, f"{case}.{name}.out", x)
+
+
+@golden.by_case(TRAINER, "schedulers*.safetensors", r"(.+)\.alphas_cumprod")
+def test_ddpm_steps_of_diffusers(vectors: Vectors, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, config = vectors.under(f"{case}."), vectors.config[case]
+    scheduler = diffusers.DDPMScheduler.from_config({"clip_sample": False, **config})
+    steps = list(steps_of(tensors))
+    scheduler.set_timesteps(len(steps))
+    assert torch.equal(scheduler.timesteps, tensors["timesteps"])
+    x = tensors["step.x0"]
+    for (name, output), timestep in zip(steps, scheduler.timesteps, strict=True):
+        noise = tensors[f"{name}.noise"]
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, recorded=noise, **kwargs: recorded
+        )
+        x = scheduler.step(output, timestep, x).prev_sample
+        check(vectors, f"{case}.{name}.out", x)
+
+
+# Training steps.
+
+
+def build_nova(vectors: Vectors) -> NOVATransformer3DModel:
+    config = vectors.config
+    arch = [config["arch_defs"].get(name, name) for name in config["transformer"]["arch"]]
+    model = NOVATransformer3DModel.from_config({**config["transformer"], "arch": arch})
+    state = {name: value.float() for name, value in vectors.under("sd.").items()}
+    if not state:
+        state = rule_state(model, vectors.header["weights_seed"], vectors.header["weights_check"])
+    model.load_state_dict(state)
+    model.enable_gradient_checkpointing(config["gradient_checkpointing"])
+    return model
+
+
+def draws_of(vectors: Vectors, step: int) -> NovaDraws:
+    kinds = [kind for _, kind, _ in vectors.header["draws_order"]]
+    draws = [vectors[f"step{step}.draw.{i}"] for i in range(len(kinds))]
+    dropout = [draw for draw, kind in zip(draws, kinds, strict=True) if kind == "np.random.rand"]
+    posterior, order, ratio, noise, timesteps = (
+        draw for draw, kind in zip(draws, kinds, strict=True) if kind != "np.random.rand"
+    )
+    return NovaDraws(posterior, torch.stack(dropout), order, ratio.item(), noise, timesteps)
+
+
+def schedule_of(vectors: Vectors) -> NoiseSchedule:
+    return noise_schedule({"_class_name": vectors.config["scheduler_class"], **vectors.config["scheduler"]})
+
+
+def losses_of(model: NOVATransformer3DModel, vectors: Vectors, step: int, **options: Any) -> dict[str, Tensor]:
+    config, moments, draws = vectors.config, vectors["in.moments"], draws_of(vectors, step)
+    latents = nova_inputs(moments, draws.posterior_noise, config["vae_scaling_factor"], config["vae_shift_factor"])
+    text = model.text_embed.pad([vectors[f"in.prompt.{i}"] for i in range(len(moments))])
+    flow, loss_repeat = vectors.tensors.get("in.motion_flow"), config["loss_repeat"]
+    return model(latents, draws, schedule_of(vectors), text=text, flow=flow, loss_repeat=loss_repeat, **options)
+
+
+def freeze(model: NOVATransformer3DModel, vectors: Vectors) -> None:
+    """As the pipeline that the file's header speaks of."""
+    pipeline = "t2v" if "T2V" in vectors.header["function"] else "t2i"
+    frozen = frozen_parameters(model, pipeline)
+    assert sorted(frozen) == sorted(vectors.header["frozen"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def captured(model: NOVATransformer3DModel) -> dict[str, Any]:
+    """What goes through the model's parts in the next forward pass."""
+    seen: dict[str, Any] = {}
+
+    def hook(name: str):
+        def store(module: nn.Module, args: tuple, out: Tensor) -> None:
+            seen[name] = (args, out)
+
+        return store
+
+    for name in ("video_encoder", "mask_embed", "image_encoder", "image_decoder"):
+        getattr(model, name).register_forward_hook(hook(name))
+    return seen
+
+
+@golden.by_file(TRAINER, "nova_t2*_train*.safetensors")
+def test_intermediate_values(vectors: Vectors) -> None:
+    model, config = build_nova(vectors), vectors.config
+    seen = captured(model)
+    with torch.no_grad():
+        losses_of(model, vectors, step=0, masked_only=False)
+    (tokens, prefix), features = seen["video_encoder"]
+    (noisy, timestep, z), pred = seen["image_decoder"]
+    (_, visible_ids), masked_tokens = seen["mask_embed"]
+    size = [length // config["transformer"]["image_stride"] for length in config["transformer"]["image_size"]]
+    mask = torch.ones_like(vectors["mid.mask"]).scatter(1, visible_ids[..., None], 0.0)
+    actual = {
+        "venc.text": prefix,
+        "venc.x": tokens,
+        "video_encoder": features,
+        "mask_embed": masked_tokens,
+        "mask_embed.prev_ids": visible_ids[..., None],
+        "mask": mask,
+        "image_encoder": seen["image_encoder"][1],
+        "dec.x_t": unpatchify(noisy, model.config.patch, size),
+        "dec.timestep": timestep,
+        "dec.z": z.repeat(config["loss_repeat"], 1, 1),
+        "image_decoder": pred,
+    }
+    rule = vectors.header["tolerance"]
+    for name, expected in vectors.under("mid.").items():
+        if name != "attn_mask":
+            limits = {"rtol": rule["mid_rtol"], "atol": rule["mid_atol"]}
+            expected = expected.to(actual[name].dtype)  # DDPM's timesteps are recorded as integers
+            torch.testing.assert_close(actual[name], expected, **limits, msg=lambda text, at=name: f"{at}: {text}")
+
+
+@golden.by_file(TRAINER, "nova_t2*_train*.safetensors")
+def test_gradients(vectors: Vectors) -> None:
+    model, header = build_nova(vectors), vectors.header
+    assert sum(parameter.numel() for parameter in model.parameters()) == header["num_params"]
+    freeze(model, vectors)
+    total_loss(losses_of(model, vectors, step=0)).backward()
+    rule, norms = header["tolerance"], header["grad_norms"]
+    parameters = dict(model.named_parameters())
+    for name, expected in norms.items():
+        grad = parameters[name].grad
+        assert (grad is None) == (expected is None), name
+        if expected is not None:
+            limits = {"rel": rule["grad_norm_rtol"], "abs": 0.0}
+            assert grad.norm().item() == pytest.approx(expected, **limits), name
+    for name, expected in vectors.under("grad.").items():
+        error = (parameters[name].grad - expected).norm()
+        assert error <= rule["grad_norm_rtol"] * expected.norm(), name
+
+
+@golden.by_file(TRAINER, "nova_t2*_train*.safetensors")
+def test_parameter_groups(vectors: Vectors) -> None:
+    model = build_nova(vectors)
+    freeze(model, vectors)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    actual = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in parameter_groups(model)]
+    assert actual == vectors.header["param_groups"]
+
+
+@golden.by_file(TRAINER, "nova_t2*_train*.safetensors")
+def test_training_steps(vectors: Vectors) -> None:
+    model, header = build_nova(vectors), vectors.header
+    freeze(model, vectors)
+    options = dict(vectors.config["optimizer"])
+    optimizer = getattr(torch.optim, options.pop("name"))(parameter_groups(model), **options)
+    ema = EMA(model, vectors.config["ema_decay"], warmup=False)
+    rule = header["tolerance"]
+    for step, recorded in enumerate(header["steps"]):
+        losses = losses_of(model, vectors, step)
+        assert {name: value.item() for name, value in losses.items()} == {
+            name: pytest.approx(value, rel=rule["loss_rtol"]) for name, value in recorded["losses"].items()
+        }
+        loss = total_loss(losses)
+        assert loss.item() == pytest.approx(recorded["total_loss"], rel=rule["loss_rtol"])
+        loss.backward()
+        norm = math.hypot(*(p.grad.norm().item() for p in model.parameters() if p.grad is not None))
+        assert norm == pytest.approx(recorded["total_grad_norm"], rel=rule["grad_norm_rtol"])
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+    check_parameters(model, vectors, "final.")
+    with ema.swapped():
+        check_parameters(model, vectors, "ema.")
+
+
+def check_parameters(model: NOVATransformer3DModel, vectors: Vectors, prefix: str) -> None:
+    rule, parameters = vectors.header["tolerance"], dict(model.named_parameters())
+    limits = {"rtol": rule["mid_rtol"], "atol": rule["mid_atol"]}
+    for name, expected in vectors.under(prefix).items():
+        actual = parameters[name].detach()
+        torch.testing.assert_close(actual, expected, **limits, msg=lambda text, at=name: f"{prefix}{at}: {text}")
