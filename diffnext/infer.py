@@ -235,8 +235,9 @@ def missing(jobs: Sequence[Job], config: InferConfig) -> list[Job]:
         if config.data.overwrite or not path.is_file() or not any(each.is_file() for each in media):
             todo.append(job)
             continue
-        made = json.loads(path.read_text("utf-8"))
-        differing = sorted(name for name, value in recipe(job, config).items() if made.get(name) != value)
+        made, wanted = json.loads(path.read_text("utf-8")), recipe(job, config)
+        made, wanted = (each | each.get("settings", {}) for each in (made, wanted))
+        differing = [name for name, value in wanted.items() if made.get(name) != value and name != "settings"]
         if differing:
             raise ValueError(
                 f"{path} was made with another {', '.join(differing)}: give another --output, or --overwrite true"

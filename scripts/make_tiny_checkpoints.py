@@ -10,7 +10,7 @@ weights. It shows that training, saving, resuming and inference work; it knows n
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -296,17 +296,22 @@ def _random_crops(
 
 
 def _reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    return vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+    return vae.decode(vae.encode(pixels).latent_dist.mean).sample
 
 
 @torch.no_grad()
 def _start_as_average_pooling(vae: AutoencoderKL) -> None:
-    """Lets channels 0-2 carry R, G, B from end to end; the other weights stay random. From there a fit takes seconds.
+    """Lets three channels carry R, G, B from end to end; the other weights stay random. From there a fit takes seconds.
 
     The residual branches start at zero. The normalisation at either end would subtract an image's mean colour: two
-    constant, large and opposite channels 3 and 4 set its scale and tell what it subtracted.
+    constant, large and opposite channels in a colour's group set its scale and tell what it subtracted. Three colours
+    share those of a single group; of several, which have three channels each, every colour has its own. A convolution
+    over frames looks at the last of them.
     """
     carrier = 8.0
+    is_one_group = vae.encoder.conv_norm_out.num_groups == 1
+    colours, carriers = ((0, 1, 2), ((3, 4),) * 3) if is_one_group else ((0, 3, 6), ((1, 2), (4, 5), (7, 8)))
+    rgb = (0, 1, 2)
     centre = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
     average = torch.tensor(
         [[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]]
@@ -317,23 +322,26 @@ def _start_as_average_pooling(vae: AutoencoderKL) -> None:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
         elif name.endswith("conv_in"):
-            _carry_colours(module, centre)
+            _carry_colours(module, centre, rgb, colours)
         elif name.endswith("conv_shortcut"):
-            _carry_colours(module, torch.ones(1, 1))
+            _carry_colours(module, torch.ones(1, 1), colours, colours)
         elif name.endswith("downsamplers.0.conv"):
-            _carry_colours(module, average)
+            _carry_colours(module, average, colours, colours)
         elif name.endswith("upsamplers.0.conv"):
-            _carry_colours(module, smooth)
+            _carry_colours(module, smooth, colours, colours)
     for half, last_block in (
         (vae.encoder, vae.encoder.mid_block.resnets[-1]),
         (vae.decoder, vae.decoder.up_blocks[-1].resnets[-1]),
     ):
-        last_block.conv2.bias[3:5] = torch.tensor([carrier, -carrier])
+        for plus, minus in carriers:
+            last_block.conv2.bias[plus], last_block.conv2.bias[minus] = carrier, -carrier
         nn.init.ones_(half.conv_norm_out.weight)
         nn.init.constant_(half.conv_norm_out.bias, 8.0)  # where SiLU is nearly the identity
-        scale = carrier * math.sqrt(2 / half.conv_norm_out.num_channels)  # what the normalisation divided by
-        _carry_colours(half.conv_out, centre * scale)
-        half.conv_out.weight[:3, 3:5, 1, 1] = -scale / 2
+        norm = half.conv_norm_out
+        scale = carrier * math.sqrt(2 * norm.num_groups / norm.num_channels)  # what the normalisation divided by
+        _carry_colours(half.conv_out, centre * scale, colours, rgb)
+        for colour, pair in zip(rgb, carriers, strict=True):
+            _last_taps(half.conv_out)[colour, pair, 1, 1] = -scale / 2
     latent_channels = vae.config.latent_channels
     nn.init.dirac_(vae.post_quant_conv.weight)
     nn.init.zeros_(vae.post_quant_conv.bias)
@@ -343,12 +351,19 @@ def _start_as_average_pooling(vae: AutoencoderKL) -> None:
     vae.quant_conv.bias[latent_channels:] = -8.0  # log-variance, constant
 
 
-def _carry_colours(conv: nn.Conv2d, taps: torch.Tensor) -> None:
-    """Output channels 0-2 become input channels 0-2 filtered with `taps`, (kernel, kernel)."""
-    conv.weight[:3] = 0
-    conv.bias[:3] = 0
-    for channel in range(3):
-        conv.weight[channel, channel] = taps
+def _carry_colours(
+    conv: nn.Conv2d | nn.Conv3d, taps: torch.Tensor, inputs: Sequence[int], outputs: Sequence[int]
+) -> None:
+    """Some output channels become those input channels filtered with `taps`, (kernel, kernel)."""
+    for source, target in zip(inputs, outputs, strict=True):
+        conv.weight[target] = 0
+        conv.bias[target] = 0
+        _last_taps(conv)[target, source] = taps
+
+
+def _last_taps(conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:
+    """The weights (out, in, kernel, kernel), in 3D those of the last frame."""
+    return conv.weight if conv.weight.dim() == 4 else conv.weight[:, :, -1]
 
 
 def _scale_latents(vae: AutoencoderKL, photographs: list[torch.Tensor]) -> None:
@@ -357,16 +372,16 @@ def _scale_latents(vae: AutoencoderKL, photographs: list[torch.Tensor]) -> None:
     Both convolutions next to the latents are 1x1, so they take up the change exactly.
     """
     latents = torch.cat(
-        [vae.encode(pixels).latent_dist.mode().flatten(2) for pixels in photographs], dim=2
+        [vae.encode(pixels).latent_dist.mean.flatten(2) for pixels in photographs], dim=2
     )  # (1, C, N)
     mean = latents.mean((0, 2))  # (C,)
     gain = 1 / (vae.config.scaling_factor * latents.std((0, 2)))  # (C,)
     channels = len(mean)
     encode, decode = vae.quant_conv, vae.post_quant_conv
-    encode.weight[:channels] *= gain[:, None, None, None]
+    _last_taps(encode)[:channels] *= gain[:, None, None, None]
     encode.bias[:channels] = (encode.bias[:channels] - mean) * gain
-    decode.bias += decode.weight[:, :, 0, 0] @ mean
-    decode.weight /= gain[None, :, None, None]
+    decode.bias += _last_taps(decode)[:, :, 0, 0] @ mean
+    _last_taps(decode).div_(gain[None, :, None, None])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,6 +411,8 @@ def make_vae_config(directory: Path) -> Path:
 
 # Multiples of the 32 groups; the last differs, or the keys of the residual blocks' 1x1 shortcuts would be missing.
 NOVA_VAE = dict(block_out_channels=(32, 32, 32, 64), layers_per_block=1, latent_channels=4)
+# One that is fitted has three channels per group at either end: see `_start_as_average_pooling`.
+NOVA_FITTED_VAE = NOVA_VAE | dict(block_out_channels=(96, 32, 32, 96))
 NOVA_TRANSFORMER = dict(
     image_dim=4,
     image_stride=8,
@@ -422,7 +439,7 @@ NOVA_TEXT_ENCODER = dict(
 )
 
 
-def make_nova_checkpoint(directory: Path, kind: str, seed: int = 0) -> Path:
+def make_nova_checkpoint(directory: Path, kind: str, seed: int = 0, vae_fit_steps: int = 0) -> Path:
     """A miniature NOVA that `diffnext.pipelines.NOVAPipeline.from_pretrained` loads.
 
     The same seed gives the same bytes; files already in `directory` are overwritten. Returns `directory`.
@@ -430,6 +447,7 @@ def make_nova_checkpoint(directory: Path, kind: str, seed: int = 0) -> Path:
     Args:
         kind: `t2i`, 64 x 64 px, 16 tokens, flow matching; or `t2v`, 64 x 96 px, up to 16 latent frames of 24 tokens,
             DDPM.
+        vae_fit_steps: with some, the VAE is wider at its ends, and fitted on photographs (`fit_vae`).
     """
     # Here, because the other miniatures need nothing of this repository.
     from diffnext.models.autoencoders import autoencoder_kl as images
@@ -448,10 +466,15 @@ def make_nova_checkpoint(directory: Path, kind: str, seed: int = 0) -> Path:
     with seeded(seed):
         text_encoder = PhiEncoderModel(PhiConfig(**NOVA_TEXT_ENCODER))
         transformer = NOVATransformer3DModel.from_config({**NOVA_TRANSFORMER, **size})
+        vae_size = NOVA_FITTED_VAE if vae_fit_steps else NOVA_VAE
         if is_video:
-            vae = videos.AutoencoderKLOpenSora(videos.AutoencoderKLOpenSoraConfig(**NOVA_VAE))
+            vae = videos.AutoencoderKLOpenSora(videos.AutoencoderKLOpenSoraConfig(**vae_size))
         else:
-            vae = images.AutoencoderKL(images.AutoencoderKLConfig(**NOVA_VAE, scaling_factor=0.13025))
+            vae = images.AutoencoderKL(images.AutoencoderKLConfig(**vae_size, scaling_factor=0.13025))
+    if vae_fit_steps:
+        with one_thread():
+            psnr_db = fit_vae(vae, vae_fit_steps, seed)
+        print(f"VAE after {vae_fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the photographs")
     scheduler.save_pretrained(directory / "scheduler")
     write_phi_tokenizer(directory / "tokenizer")
     text_encoder.half().save_pretrained(directory / "text_encoder", max_shard_size="64KB")  # two shards
@@ -492,8 +515,12 @@ MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
         directory, arguments.seed, arguments.vae_fit_steps
     ),
     "vae": lambda directory, arguments: make_vae_config(directory),
-    "diffnext_t2i": lambda directory, arguments: make_nova_checkpoint(directory, "t2i", arguments.seed),
-    "diffnext_t2v": lambda directory, arguments: make_nova_checkpoint(directory, "t2v", arguments.seed),
+    "diffnext_t2i": lambda directory, arguments: make_nova_checkpoint(
+        directory, "t2i", arguments.seed, arguments.vae_fit_steps
+    ),
+    "diffnext_t2v": lambda directory, arguments: make_nova_checkpoint(
+        directory, "t2v", arguments.seed, arguments.vae_fit_steps
+    ),
 }
 
 

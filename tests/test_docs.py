@@ -15,6 +15,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from common.config import ConfigError, Parser
+from diffnext import build_cache as diffnext_build_cache
+from diffnext import config as diffnext_config
+from diffnext import infer as diffnext_infer
 from gaussian_refiner import config as refiner_config
 from gaussian_refiner import infer as refiner_infer
 from vae import config as vae_config
@@ -31,7 +34,11 @@ PARSERS: dict[str, Parser] = {
     "vae/infer.py": vae_infer.PARSER,
     "gaussian_refiner/train_repair_cross_attn_version.py": refiner_config.PARSER,
     "gaussian_refiner/infer.py": refiner_infer.PARSER,
+    "scripts/train.py": diffnext_config.PARSER,
+    "diffnext/build_cache.py": diffnext_build_cache.PARSER,
+    "diffnext/infer.py": diffnext_infer.PARSER,
 }
+FROM_THE_ROOT = "Commands are run from the repository root"  # of a guide that lies elsewhere
 GUIDES = sorted(
     path
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
@@ -54,9 +61,9 @@ class Documented:
 
 def commands_of(guide: Path) -> list[Documented]:
     """Every command of the fenced bash blocks of a guide; `cd` holds within its block."""
-    found = []
-    for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", guide.read_text(encoding="utf-8"), re.M | re.S):
-        folder = guide.parent
+    found, text = [], guide.read_text(encoding="utf-8")
+    for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.M | re.S):
+        folder = ROOT if FROM_THE_ROOT in text else guide.parent
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
                 words = shlex.split(command, comments=True)
@@ -138,7 +145,9 @@ def _problems_of_pip(command: Documented, rest: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_documented_commands_parse(command: Documented) -> None:
+def test_documented_commands_parse(command: Documented, monkeypatch: pytest.MonkeyPatch) -> None:
+    if command.folder.is_dir():
+        monkeypatch.chdir(command.folder)
     assert problems_of(command) == []
 
 
@@ -154,6 +163,14 @@ def test_the_commands_that_users_know_are_documented() -> None:
         f"accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16 {script} {hub_id} "
         "--output_dir outputs/run_multi --train_batch_size 1 --gradient_accumulation_steps 10"
     ) in shown
+    nova = [" ".join(command.words) for command in COMMANDS if command.guide.parent.name == "diffnext"]
+    for gpus, name, dataset in ((1, "sdxl1024", "img_dataset"), (8, "osp480", "vid_dataset")):
+        assert (
+            f"accelerate launch --config_file accelerate_configs/{gpus}_gpus_zero2.yaml scripts/train.py "
+            f"config=./configs/nova_d48w1024_{name}.yaml pipeline.paths.pretrained_path=/path/to/nova-d48w1024-{name} "
+            f"experiment.output_dir=./experiments/nova_d48w1024_{name} "
+            f"train_dataloader.params.dataset=./{dataset} model.gradient_checkpointing=3 training.batch_size=1"
+        ) in nova
     readme = [" ".join(command.words) for command in COMMANDS if command.guide == ROOT / "README.md"]
     assert "bash scripts/test.sh" in readme and "bash scripts/demo.sh" in readme
 

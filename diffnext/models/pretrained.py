@@ -18,7 +18,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 # diffusers' name first, then the two of transformers.
 WEIGHTS_STEMS = (WEIGHTS_STEM, "model", "pytorch_model")
+# What diffusers writes beside a network's own settings; those of the second line come with averaged weights.
 IGNORED_KEYS = ("_class_name", "_diffusers_version", "_name_or_path")
+IGNORED_KEYS += ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
 
 
 class PretrainedModel(nn.Module):

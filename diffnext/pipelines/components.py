@@ -29,9 +29,6 @@ from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 NAMES = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
-# What a folder of averaged weights holds in its config.json beside the network's settings.
-AVERAGE_COUNTERS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step")
-AVERAGE_COUNTERS += ("use_ema_warmup",)
 VAES = (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCogVideoX, AutoencoderKLLTXVideo)
 SCHEDULERS = (FlowMatchEulerDiscreteScheduler, DDPMScheduler)
 Scheduler = FlowMatchEulerDiscreteScheduler | DDPMScheduler
@@ -74,7 +71,7 @@ def load_components(
         module_dict: other folders for single parts, or another file for `model_index`; an empty one leaves out.
         module_config: `transformer`: settings that take the place of those in its config.json; others are kept.
         text_encoder: also load this and the tokenizer.
-        vae: also load its weights.
+        vae: also load its weights; its settings, which say how latents are scaled, are loaded in any case.
         random_transformer: new weights instead of those in the folder, which may be absent.
         dtype: of transformer and VAE.
         text_dtype: of the text encoder; None keeps that of its files.
@@ -92,14 +89,20 @@ def load_components(
             f"module_dict or module_config names {', '.join(unknown)}; the first may hold {', '.join(NAMES)} and "
             "model_index, the second transformer"
         )
-    for name in ("transformer", "scheduler"):
-        if folders.find(name) is None:
-            raise ValueError(f"module_dict leaves out the {name}, which is always needed: name its folder")
     overrides = (module_config or {}).get("transformer") or {}
     folder = folders.find("transformer", optional=random_transformer)
+    left_out = {
+        "scheduler": folders.find("scheduler") is None,
+        "transformer": folder is None and not random_transformer,
+    }
+    if any(left_out.values()):
+        names = " and ".join(name for name, is_out in left_out.items() if is_out)
+        raise ValueError(
+            f"module_dict or {MODEL_INDEX} leaves out the {names}, which is always needed: name its folder"
+        )
     scheduler, scheduler_config = _load_scheduler(folders)
     parts = Components(_load_transformer(folder, overrides, dtype, random_transformer), scheduler, scheduler_config)
-    if (folder := folders.find("vae", optional=not vae)) is not None:
+    if (folder := folders.find("vae")) is not None:
         vae_class = folders.class_of("vae", VAES)
         parts.vae_config = vae_class.parse_config(read_config(folder))
         parts.vae = vae_class.from_pretrained(folder, dtype=dtype) if vae else None
@@ -196,7 +199,7 @@ def _load_transformer(
 ) -> NOVATransformer3DModel:
     """Settings given in addition do not drop those of the checkpoint, say its mixer."""
     stored = read_config(folder) if folder is not None and (folder / CONFIG_FILE).is_file() else {}
-    settings = {name: value for name, value in stored.items() if name not in AVERAGE_COUNTERS} | overrides
+    settings = {**stored, **overrides}
     if folder is not None and not is_random and settings == stored:
         return NOVATransformer3DModel.from_pretrained(folder, dtype=dtype)
     if not settings:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import make_tiny_checkpoints
@@ -9,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
-from transformers import CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTokenizer
 
 SHARED = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[3] / "shared"))
 KEYS_JSON = SHARED / "specs" / "keys" / "sd21_unclip_unet8.json"
@@ -165,3 +166,51 @@ def test_command_line_refuses_negative_steps(capsys):
     with pytest.raises(SystemExit):
         make_tiny_checkpoints.main(["--vae_fit_steps", "-1"])
     assert "--vae_fit_steps is -1; it must be 0 (random VAE) or more" in capsys.readouterr().err
+
+
+# diffnext
+
+
+@pytest.mark.parametrize("kind", ["t2i", "t2v"])
+def test_nova_checkpoints_have_the_released_layout(kind, tmp_path):
+    folder = make_tiny_checkpoints.make_nova_checkpoint(tmp_path / "first", kind)
+    torch.manual_seed(1234)
+    again = files_of(make_tiny_checkpoints.make_nova_checkpoint(tmp_path / "again", kind))
+    assert files_of(folder) == again
+    other = files_of(make_tiny_checkpoints.make_nova_checkpoint(tmp_path / "other", kind, seed=1))
+    assert {name for name in again if again[name] != other[name]} == {n for n in again if n.endswith(".safetensors")}
+
+    index = json.loads((folder / "model_index.json").read_text())
+    vae, scheduler = {
+        "t2i": ("AutoencoderKL", "FlowMatchEulerDiscreteScheduler"),
+        "t2v": ("AutoencoderKLOpenSora", "DDPMScheduler"),
+    }[kind]
+    assert index["vae"] == ["__vae__", vae] and index["scheduler"] == ["diffusers", scheduler]
+    assert index["transformer"] == ["__transformer__", "NOVATransformer3DModel"]
+    assert (folder / "text_encoder" / "model-00002-of-00002.safetensors").is_file()
+    assert {"vae/__vae__.py", "transformer/__transformer__.py", "text_encoder/__text_encoder__.py"} < set(again)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("t2i", "d48w1024_sdxl1024"), ("t2v", "d48w1024_osp480")])
+def test_nova_keys_are_those_of_the_released_model_but_for_the_depth(kind, name, tmp_path):
+    expected = SHARED / "specs" / "keys" / f"nova_{name}_transformer.json"
+    if not expected.is_file():
+        pytest.skip(f"no key list of the released model at {expected}")
+    folder = make_tiny_checkpoints.make_nova_checkpoint(tmp_path, kind)
+    keys = keys_of(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    without_depth = {re.sub(r"blocks\.\d+", "blocks.N", key) for key in json.loads(expected.read_text())}
+    assert {re.sub(r"blocks\.\d+", "blocks.N", key) for key in keys} == without_depth
+
+
+def test_nova_text_is_bytes_and_nothing_has_no_tokens(tmp_path):
+    make_tiny_checkpoints.write_phi_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer).__name__.startswith("CodeGenTokenizer")
+    ids = tokenizer(["a b", ""], max_length=2, truncation=True).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["a", "\u0120"] and ids[1] == []
+
+
+def test_command_line_writes_nova(tmp_path, capsys):
+    make_tiny_checkpoints.main(["--output", str(tmp_path), "--only", "diffnext_t2i"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "diffnext_t2i")
+    assert (tmp_path / "diffnext_t2i" / "model_index.json").is_file()

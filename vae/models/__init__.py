@@ -1,0 +1,1 @@
+"""Networks, losses and pure maths of the video autoencoders."""
