@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Size:
     trained: Clip
     base_channels: int
     trained_base_channels: int
+    compiled: bool = False  # our encoder and decoder
 
 
 SIZES = {
@@ -58,19 +59,22 @@ SIZES = {
 SIZE_ON_A_GPU = Size((33, 512), (65, 512), (25, 256), 192, 192)
 
 
-def build_vae(base_channels: int, device: torch.device) -> tuple[WFVAE, PlainWFVAE]:
+def build_vae(base_channels: int, device: torch.device, compiled: bool = False) -> tuple[WFVAE, PlainWFVAE]:
     """Both networks with the same random weights, not only equal ones."""
     torch.manual_seed(0)
     vae = WFVAE.from_config(json.loads(CONFIG.read_text("utf-8")) | {"base_channels": base_channels}).to(device)
     with torch.device("meta"):
         plain = PlainWFVAE(vae.config)
     plain.load_state_dict(vae.state_dict(), assign=True)
+    if compiled:
+        vae.encoder.compile()
+        vae.decoder.compile()
     return vae, plain
 
 
 def coding_phases(size: Size, device: torch.device) -> dict[str, dict[str, Phase]]:
     """{phase: {"plain" or "ours": call}}, for whole clips and for long ones in chunks."""
-    vae, plain = build_vae(size.base_channels, device)
+    vae, plain = build_vae(size.base_channels, device, size.compiled)
     phases: dict[str, dict[str, Phase]] = {}
     for suffix, (num_frames, height_px) in (("", size.whole), (" in chunks", size.chunked)):
         x = torch.rand(1, 3, num_frames, height_px, height_px, device=device) * 2 - 1  # (B, 3, T, H, W)
@@ -137,7 +141,7 @@ def build_training(
     """Trainers that begin with equal weights, each with its own; a clip (1, 3, T, H, W), noise (1, z, t, h, w)."""
     trainings: dict[str, Training | PlainTraining] = {}
     for name in variants:
-        vae, plain = build_vae(size.trained_base_channels, device)
+        vae, plain = build_vae(size.trained_base_channels, device, size.compiled)
         discriminator = NLayerDiscriminator3D(dropout=0.0).to(device)  # the same masks would not fall on both
         perceptual = PerceptualLoss().to(device)
         for head in (getattr(perceptual, f"lin{k}") for k in range(5)):
@@ -215,6 +219,7 @@ def _kib(status: Path, name: str) -> int:
 def peak_alone_mib(arguments: argparse.Namespace, phase: str, variant: str) -> float:
     """`peak_mib` of a phase in a process of its own."""
     options = ["--size", arguments.size, "--threads", str(arguments.threads), "--alone", phase, variant]
+    options += ["--compile"] if arguments.compile else []
     command = [sys.executable, __file__, *options]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -351,12 +356,14 @@ def main() -> None:
         "--threads", type=int, default=1, help="of a CPU, whose processor time is taken: more are faster by the clock"
     )
     parser.add_argument("--only", nargs="+", choices=CODING + TRAINING, default=CODING + TRAINING, metavar="PHASE")
+    parser.add_argument("--compile", action="store_true", help="compile our encoder and decoder; the plain ones stay")
     parser.add_argument("--profile", action="store_true", help="also the share of convolutions")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     size = SIZE_ON_A_GPU if device.type == "cuda" and arguments.size == "large" else SIZES[arguments.size]
+    size = replace(size, compiled=arguments.compile)
     if arguments.alone:
         main_alone(size, *arguments.alone)
         return

@@ -304,6 +304,53 @@ def _view_between(left: Image.Image, disparity: np.ndarray, place: float) -> Ima
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# diffnext: tables of captioned images and clips, and the prompts to generate; sixteen bytes tell captions apart
+
+CAPTIONS = {
+    "astronaut.png": "an astronaut",
+    "chelsea.png": "a cat",
+    "hubble_deep_field.jpg": "stars",
+    "rocket.jpg": "a rocket",
+    "coffee.png": "a cup of coffee",
+    STEREO_PAIR[0]: "a motorcycle",
+}
+NOVA_IMAGE_PX = (64, 64)
+NOVA_IMAGES = 48
+
+
+def make_nova_image_data(directory: Path, seed: int = 0) -> Path:
+    """Writes 48 windows of 64 px of six photographs, `prompts.txt`, and `images.csv`, whose path it returns."""
+    rows = ["path,caption"]
+    for index in range(NOVA_IMAGES):
+        name = list(CAPTIONS)[index % len(CAPTIONS)]
+        photograph, rng = read_photograph(name), np.random.default_rng([seed, index])
+        path = Path("images", f"{index:03d}.png")
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        box = _random_window(rng, (0, 0, *photograph.size), NOVA_IMAGE_PX, smallest=0.9)
+        _cut(photograph, box, NOVA_IMAGE_PX).save(directory / path)
+        rows.append(f"{path.as_posix()},{CAPTIONS[name]}")
+    return _write_lines(directory / "images.csv", rows, list(CAPTIONS.values()))
+
+
+def make_nova_clip_data(directory: Path, seed: int = 0) -> Path:
+    """Writes the clips of `vae`, `prompts.txt`, and `clips.jsonl`, whose path it returns."""
+    make_vae_data(directory, seed)
+    captions = [CAPTIONS[photograph] for _, photograph, *_ in TRAINING_CLIPS]
+    rows = [
+        json.dumps({"path": f"videos/{name}", "caption": caption})
+        for (name, *_), caption in zip(TRAINING_CLIPS, captions, strict=True)
+    ]
+    return _write_lines(directory / "clips.jsonl", rows, list(dict.fromkeys(captions)))
+
+
+def _write_lines(table: Path, rows: list[str], prompts: list[str]) -> Path:
+    """Writes a table and, beside it, prompts.txt."""
+    for path, lines in ((table, rows), (table.with_name("prompts.txt"), prompts)):
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
@@ -311,6 +358,8 @@ MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
         directory, arguments.items, arguments.seed, arguments.wide
     ),
     "vae": lambda directory, arguments: make_vae_data(directory, arguments.seed),
+    "diffnext_t2i": lambda directory, arguments: make_nova_image_data(directory, arguments.seed),
+    "diffnext_t2v": lambda directory, arguments: make_nova_clip_data(directory, arguments.seed),
 }
 
 

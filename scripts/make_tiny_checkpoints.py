@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -242,18 +243,27 @@ def write_clip_tokenizer(directory: Path) -> None:
 # A VAE that reconstructs: starts as "average 8x8 pixels, then interpolate" and is fitted on photographs from there
 
 
-def fit_vae(vae: AutoencoderKL, steps: int, seed: int = 0, batch_size: int = 8, crop_px: int = 64) -> float:
+def fit_vae(
+    vae: Any,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 8,
+    crop_px: int = 64,
+    short_side_px: int | None = None,
+    learning_rate: float = 1e-3,
+) -> float:
     """Fits `vae`, in place, to decode the mean of its posterior to the input.
 
     L1 loss on random crops of the scikit-image photographs, Adam, cosine learning rate. Afterwards each latent channel
     of the photographs has mean 0 and deviation 1/scaling_factor, and sampling the posterior changes a latent by 0.3 %
-    of that. Expects UNCLIP_FITTED_VAE or something wider. Returns the mean PSNR over the photographs, in dB.
+    of that. Expects UNCLIP_FITTED_VAE or something wider, or NOVA_FITTED_VAE. With `short_side_px` the photographs are
+    made that small. Returns the mean PSNR over the photographs, in dB.
     """
-    photographs = _photographs()
+    photographs = _photographs(short_side_px)
     generator = torch.Generator().manual_seed(seed)
     _start_as_average_pooling(vae)
     vae.train()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(vae.parameters(), lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     for _ in range(steps):
         pixels = _random_crops(photographs, batch_size, crop_px, generator)  # (B, 3, crop, crop)
@@ -272,13 +282,16 @@ def fit_vae(vae: AutoencoderKL, steps: int, seed: int = 0, batch_size: int = 8, 
     )  # peak to peak is 2
 
 
-def _photographs() -> list[torch.Tensor]:
+def _photographs(short_side_px: int | None = None) -> list[torch.Tensor]:
     """Photographs in [-1, 1], each (1, 3, H, W) with sides that are multiples of 8."""
     from make_demo_data import PHOTOGRAPHS, STEREO_PAIR, read_photograph  # needs scikit-image
 
     photographs = []
     for name in (*PHOTOGRAPHS, *STEREO_PAIR):
-        pixels = torch.from_numpy(np.array(read_photograph(name))).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        photograph = read_photograph(name)
+        if short_side_px:
+            photograph = photograph.reduce(min(photograph.size) // short_side_px)
+        pixels = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None]  # (1, 3, H, W)
         height_px, width_px = (side // 8 * 8 for side in pixels.shape[2:])
         photographs.append(pixels[:, :, :height_px, :width_px] / 127.5 - 1)
     return photographs
@@ -295,12 +308,12 @@ def _random_crops(
     return torch.cat(crops)  # (count, 3, size, size)
 
 
-def _reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+def _reconstruct(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     return vae.decode(vae.encode(pixels).latent_dist.mean).sample
 
 
 @torch.no_grad()
-def _start_as_average_pooling(vae: AutoencoderKL) -> None:
+def _start_as_average_pooling(vae: Any) -> None:
     """Lets three channels carry R, G, B from end to end; the other weights stay random. From there a fit takes seconds.
 
     The residual branches start at zero. The normalisation at either end would subtract an image's mean colour: two
@@ -312,6 +325,7 @@ def _start_as_average_pooling(vae: AutoencoderKL) -> None:
     is_one_group = vae.encoder.conv_norm_out.num_groups == 1
     colours, carriers = ((0, 1, 2), ((3, 4),) * 3) if is_one_group else ((0, 3, 6), ((1, 2), (4, 5), (7, 8)))
     rgb = (0, 1, 2)
+    empty = [] if is_one_group else [channel for pair in carriers for channel in pair]
     centre = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
     average = torch.tensor(
         [[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]]
@@ -323,8 +337,9 @@ def _start_as_average_pooling(vae: AutoencoderKL) -> None:
             nn.init.zeros_(module.bias)
         elif name.endswith("conv_in"):
             _carry_colours(module, centre, rgb, colours)
-        elif name.endswith("conv_shortcut"):
+        elif name.endswith("conv_shortcut") and not isinstance(module, nn.Identity):
             _carry_colours(module, torch.ones(1, 1), colours, colours)
+            module.weight[empty], module.bias[empty] = 0, 0
         elif name.endswith("downsamplers.0.conv"):
             _carry_colours(module, average, colours, colours)
         elif name.endswith("upsamplers.0.conv"):
@@ -336,7 +351,9 @@ def _start_as_average_pooling(vae: AutoencoderKL) -> None:
         for plus, minus in carriers:
             last_block.conv2.bias[plus], last_block.conv2.bias[minus] = carrier, -carrier
         nn.init.ones_(half.conv_norm_out.weight)
-        nn.init.constant_(half.conv_norm_out.bias, 8.0)  # where SiLU is nearly the identity
+        used = slice(None) if is_one_group else slice(9)  # every step shifts the sum over all biases
+        nn.init.zeros_(half.conv_norm_out.bias)
+        half.conv_norm_out.bias[used] = 8.0  # where SiLU is nearly the identity
         norm = half.conv_norm_out
         scale = carrier * math.sqrt(2 * norm.num_groups / norm.num_channels)  # what the normalisation divided by
         _carry_colours(half.conv_out, centre * scale, colours, rgb)
@@ -366,14 +383,12 @@ def _last_taps(conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:
     return conv.weight if conv.weight.dim() == 4 else conv.weight[:, :, -1]
 
 
-def _scale_latents(vae: AutoencoderKL, photographs: list[torch.Tensor]) -> None:
+def _scale_latents(vae: Any, photographs: list[torch.Tensor]) -> None:
     """Brings the latents to mean 0 and deviation 1/scaling_factor per channel; decoded images stay the same.
 
     Both convolutions next to the latents are 1x1, so they take up the change exactly.
     """
-    latents = torch.cat(
-        [vae.encode(pixels).latent_dist.mean.flatten(2) for pixels in photographs], dim=2
-    )  # (1, C, N)
+    latents = torch.cat([vae.encode(pixels).latent_dist.mean.flatten(2) for pixels in photographs], dim=2)  # (1, C, N)
     mean = latents.mean((0, 2))  # (C,)
     gain = 1 / (vae.config.scaling_factor * latents.std((0, 2)))  # (C,)
     channels = len(mean)
@@ -413,6 +428,7 @@ def make_vae_config(directory: Path) -> Path:
 NOVA_VAE = dict(block_out_channels=(32, 32, 32, 64), layers_per_block=1, latent_channels=4)
 # One that is fitted has three channels per group at either end: see `_start_as_average_pooling`.
 NOVA_FITTED_VAE = NOVA_VAE | dict(block_out_channels=(96, 32, 32, 96))
+NOVA_VAE_FIT: dict[str, Any] = dict(batch_size=4, short_side_px=96, learning_rate=2e-4)
 NOVA_TRANSFORMER = dict(
     image_dim=4,
     image_stride=8,
@@ -473,7 +489,7 @@ def make_nova_checkpoint(directory: Path, kind: str, seed: int = 0, vae_fit_step
             vae = images.AutoencoderKL(images.AutoencoderKLConfig(**vae_size, scaling_factor=0.13025))
     if vae_fit_steps:
         with one_thread():
-            psnr_db = fit_vae(vae, vae_fit_steps, seed)
+            psnr_db = fit_vae(vae, vae_fit_steps, seed, **NOVA_VAE_FIT)
         print(f"VAE after {vae_fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the photographs")
     scheduler.save_pretrained(directory / "scheduler")
     write_phi_tokenizer(directory / "tokenizer")

@@ -90,7 +90,7 @@ class Part:
     title: str
     explanation: str
     run_dir: Path
-    metric: Metric
+    metric: Metric | None  # None: the training loss says it all
     commands: Sequence[Command]
     interrupted_at: int
     pictures: Sequence[Pictures]
@@ -99,13 +99,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of a run. Losses are means over the first and the last steps (see ENDS)."""
+    """The numbers of a run. Losses are means over the first and the last steps (see ENDS); without metric no more."""
 
     steps: int
     first_loss: float
     last_loss: float
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     landmarks: Mapping[str, float]  # by meaning
     step_s: float
 
@@ -120,17 +120,18 @@ def read_records(run_dir: Path, kind: str) -> list[dict]:
     return chosen
 
 
-def summarise(run_dir: Path, metric: Metric) -> Summary:
+def summarise(run_dir: Path, metric: Metric | None) -> Summary:
     """The numbers of a finished run."""
-    train, validation = read_records(run_dir, "train"), read_records(run_dir, "validation")
+    train = read_records(run_dir, "train")
+    validation = read_records(run_dir, "validation") if metric else []
     losses = [record["loss"] for record in train if record["loss"] is not None]
     return Summary(
         steps=train[-1]["step"],
         first_loss=statistics.fmean(losses[:ENDS]),
         last_loss=statistics.fmean(losses[-ENDS:]),
-        before=validation[0][metric.name],
-        after=validation[-1][metric.name],
-        landmarks={meaning: validation[-1][name] for name, meaning in metric.landmarks.items()},
+        before=validation[0][metric.name] if metric else None,
+        after=validation[-1][metric.name] if metric else None,
+        landmarks={meaning: validation[-1][name] for name, meaning in metric.landmarks.items()} if metric else {},
         step_s=statistics.median(record["step_s"] for record in train),
     )
 
@@ -138,14 +139,15 @@ def summarise(run_dir: Path, metric: Metric) -> Summary:
 def summary_cells(part: Part) -> dict[str, str]:
     """The row of a trainer in the summary, by heading: the same on the terminal and in the report."""
     numbers = summarise(part.run_dir, part.metric)
+    measured = {}
+    if part.metric:
+        measured = {"held-out": part.metric.label, "before": f"{numbers.before:.2f}", "after": f"{numbers.after:.2f}"}
     return {
         "trainer": part.trainer,
         "steps": str(numbers.steps),
         "loss, first": f"{numbers.first_loss:.3f}",
         "loss, last": f"{numbers.last_loss:.3f}",
-        "held-out": part.metric.label,
-        "before": f"{numbers.before:.2f}",
-        "after": f"{numbers.after:.2f}",
+        **measured,
         **{meaning: f"{value:.2f}" for meaning, value in numbers.landmarks.items()},
         "s/step": f"{numbers.step_s:.2f}",
     }
@@ -358,6 +360,8 @@ def _loss_figure(part: Part) -> str:
 
 
 def _metric_figure(part: Part) -> str:
+    if part.metric is None:
+        return ""
     metric, records = part.metric, read_records(part.run_dir, "validation")
     levels = {f"{meaning} {records[-1][name]:.1f}": records[-1][name] for name, meaning in metric.landmarks.items()}
     curve = [(record["step"], record[metric.name]) for record in records]

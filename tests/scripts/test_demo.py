@@ -1,5 +1,6 @@
 """The demo's report, its summary, and what happens when a step fails or is interrupted; the demo itself is not run."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -9,10 +10,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import demo
+import make_demo_data
 import numpy as np
 import pytest
 import report
 from PIL import Image
+
+from diffnext import build_cache, infer
+from diffnext import config as diffnext_config
 
 METRIC = report.Metric("psnr", "PSNR (dB)", {"psnr_render": "render's own", "psnr_vae": "ceiling"})
 
@@ -68,6 +73,21 @@ def test_a_run_without_validation_is_named(part: report.Part) -> None:
     path.write_text(path.read_text().replace("validation", "something"))
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} holds no lines of kind 'validation'"):
         report.summarise(part.run_dir, METRIC)
+
+
+def test_a_run_without_metric_is_summed_up_by_its_loss(part: report.Part, tmp_path: Path) -> None:
+    path = part.run_dir / "metrics.jsonl"
+    path.write_text("".join(line for line in path.open() if "validation" not in line))
+    part = dataclasses.replace(part, metric=None)
+    assert report.summary_cells(part) == {
+        "trainer": "toy",
+        "steps": "60",
+        "loss, first": "2.000",
+        "loss, last": "1.000",
+        "s/step": "0.25",
+    }
+    report.write_report(tmp_path / "report.html", "Demo", [], [part])
+    assert (tmp_path / "report.html").read_text().count("<svg") == 1
 
 
 class Page(HTMLParser):
@@ -247,9 +267,40 @@ def test_the_demo_ends_with_the_status_of_the_failed_step(
 
 def test_every_demo_is_a_trainer_of_the_repository() -> None:
     for entry in demo.DEMOS:
-        assert (demo.ROOT / entry.trainer / "train.py").is_file()
+        assert (demo.ROOT / entry.trainer.split("_t2")[0] / "train.py").is_file()
         assert 0 < entry.interrupt_after_steps < entry.steps
-    assert [entry.trainer for entry in demo.DEMOS] == ["gaussian_refiner", "vae"]
+    assert [entry.trainer for entry in demo.DEMOS] == [
+        "gaussian_refiner",
+        "vae",
+        "diffnext_t2i",
+        "diffnext_t2v",
+    ]
+
+
+def test_novas_settings_and_prompts_are_those_of_its_data_and_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+    for entry, make in (
+        (demo.NOVA_T2I, make_demo_data.make_nova_image_data),
+        (demo.NOVA_T2V, make_demo_data.make_nova_clip_data),
+    ):
+        folder = demo.ROOT / "runs" / "demo"  # nothing is written there
+        data = folder / "data" / entry.trainer
+        places = demo.Places(data, folder / "checkpoint", folder / "run", folder / "result")
+        settings = entry.train(places)
+        words = settings[settings.index(str(demo.ROOT / "scripts" / "train.py")) + 1 :]
+        words = [word.replace("../../../..", str(demo.ROOT)) if word.startswith("config=") else word for word in words]
+        config, warnings = diffnext_config.PARSER.parse(words)
+        assert not warnings and config.run.max_train_steps == entry.steps
+        monkeypatch.setattr(make_demo_data, "make_vae_data", lambda directory, seed: directory.mkdir(parents=True))
+        table = make(tmp_path / entry.trainer)
+        assert set(config.validation.prompts) <= set(table.with_name("prompts.txt").read_text().splitlines())
+        (command,) = entry.prepare(places).values()
+        cache, _ = build_cache.PARSER.parse([*command[3:], "--source", str(table)])
+        assert table.name in command and str(cache.output.output_dir) in config.data.dataset
+        (command,) = entry.use(places).values()
+        infer.PARSER.parse(command[3:])
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:

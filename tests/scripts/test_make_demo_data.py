@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from common.video import probe_video, read_frames
+from diffnext.media import SourceConfig, read_items
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 
@@ -193,3 +194,28 @@ def test_command_line_makes_the_vaes_clips(monkeypatch, tmp_path, capsys):
     make_demo_data.main(["--output", str(tmp_path), "--only", "vae"])
     assert capsys.readouterr().out == f"{tmp_path / 'vae' / 'videos'}\n"
     assert clips_in(tmp_path) == ["vae/test_video/coffee_pan.mp4"]
+
+
+# diffnext -------------------------------------------------------------------------------------------------------------
+
+
+def test_captioned_images_are_a_source_of_the_cache(tmp_path):
+    table = make_demo_data.make_nova_image_data(tmp_path / "a")
+    items = read_items(SourceConfig(source=str(table)))
+    assert len(items) == make_demo_data.NOVA_IMAGES
+    assert {Image.open(item.file).size for item in items} == {make_demo_data.NOVA_IMAGE_PX}
+    prompts = (tmp_path / "a" / "prompts.txt").read_text().splitlines()
+    assert [item.caption for item in items[:6]] == prompts == list(make_demo_data.CAPTIONS.values())
+    assert len({prompt[:16] for prompt in prompts}) == 6
+    again, other = (make_demo_data.make_nova_image_data(tmp_path / str(seed), seed).parent for seed in (0, 1))
+    assert np.array_equal(pixels(again / items[0].path), pixels(items[0].file))
+    assert not np.array_equal(pixels(other / items[0].path), pixels(items[0].file))
+
+
+def test_captioned_clips_are_a_source_of_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(make_demo_data, "TRAINING_CLIPS", make_demo_data.TRAINING_CLIPS[:1])
+    monkeypatch.setattr(make_demo_data, "TEST_CLIPS", ())
+    make_demo_data.main(["--output", str(tmp_path), "--only", "diffnext_t2v"])
+    (item,) = read_items(SourceConfig(source=str(tmp_path / "diffnext_t2v" / "clips.jsonl")))
+    assert item.caption == "a motorcycle" and probe_video(item.file).num_frames == 60
+    assert (tmp_path / "diffnext_t2v" / "prompts.txt").read_text() == "a motorcycle\n"

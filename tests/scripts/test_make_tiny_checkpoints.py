@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTokenizer
 
+from diffnext.models.autoencoders import load_autoencoder
+
 SHARED = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[3] / "shared"))
 KEYS_JSON = SHARED / "specs" / "keys" / "sd21_unclip_unet8.json"
 REFERENCE = SHARED / "golden" / "gaussian_refiner" / "tiny_ckpt"
@@ -214,3 +216,17 @@ def test_command_line_writes_nova(tmp_path, capsys):
     make_tiny_checkpoints.main(["--output", str(tmp_path), "--only", "diffnext_t2i"])
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "diffnext_t2i")
     assert (tmp_path / "diffnext_t2i" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["t2i", "t2v"])
+def test_vaes_of_nova_start_as_averages_of_pixels(kind, tmp_path, monkeypatch):
+    pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+    fit = {"batch_size": 1, "short_side_px": 96, "learning_rate": 0.0}
+    monkeypatch.setattr(make_tiny_checkpoints, "NOVA_VAE_FIT", fit)
+    make_tiny_checkpoints.make_nova_checkpoint(tmp_path, kind, vae_fit_steps=1)
+    vae = load_autoencoder(tmp_path / "vae")
+    frames = torch.tensor([0.5, 0.0, -0.5]).reshape(1, 3, 1, 1, 1).expand(1, 3, 5, 64, 64)
+    with torch.no_grad():
+        clip = vae.decode(vae.encode(frames if kind == "t2v" else frames[:, :, 0]).latent_dist.mean).sample
+    centre = clip[0, ..., 32, 32].reshape(3, -1)  # (3, T)
+    assert torch.allclose(centre, torch.tensor([[0.5], [0.0], [-0.5]]), atol=0.05)
