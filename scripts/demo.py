@@ -235,7 +235,7 @@ VAE = Demo(
 
 # diffnext
 
-NOVA_T2I_STEPS, NOVA_T2V_STEPS = 1200, 400
+NOVA_T2I_STEPS, NOVA_T2V_STEPS = 1000, 400
 NOVA_LATENT_LENGTH = 5  # 17 frames
 NOVA_SAMPLING = {"num_inference_steps": "8", "num_diffusion_steps": "25", "guidance_scale": "3"}
 NOVA_T2I_PROMPTS = ("an astronaut", "a cat", "stars", "a rocket", "a cup of coffee", "a motorcycle")
@@ -328,7 +328,7 @@ NOVA_T2I = Demo(
     ),
     use=nova_generation,
     steps=NOVA_T2I_STEPS,
-    interrupt_after_steps=500,
+    interrupt_after_steps=400,
     metric=None,
     pictures=nova_t2i_pictures,
     written=lambda places: nova_written(places, NOVA_T2I_STEPS),
@@ -358,7 +358,7 @@ NOVA_T2V = Demo(
     metric=None,
     pictures=nova_t2v_pictures,
     written=lambda places: nova_written(places, NOVA_T2V_STEPS),
-    checkpoint_flags=("--vae_fit_steps", "10"),
+    checkpoint_flags=("--vae_fit_steps", "5"),
 )
 
 # ----------------------------------------------------------------------------------------------------------------------

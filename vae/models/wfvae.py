@@ -232,7 +232,9 @@ class Decoder(nn.Module):
         v2 = self.connect_l1(flow, stream)  # (B, 12 or 24, t', 2h, 2w)
         v2 = _add_low(v2, align(stream, self.inverse_wavelet_transform_l2, l2, v2))
         l1 = self.inverse_wavelet_transform_l1(v2, stream)  # (B, 3, T1, 4h, 4w)
-        h = self.layer(self.up1(h, stream), stream)  # (B, b, T1, 4h, 4w)
+        del flow
+        for layer in (*self.up1, *self.layer):  # a call of the chain would hold its input until it returns
+            h = layer(h, stream)  # in the end (B, b, T1, 4h, 4w)
         v1 = norm_silu_conv(h, self.norm_out, self.conv_out)  # (B, 24, T1, 4h, 4w)
         v1 = _add_low(v1, align(stream, self.inverse_wavelet_transform_l1, l1, v1))
         return self.inverse_wavelet_transform_out(v1, stream), v2, v3  # (B, 3, T, 8h, 8w)
