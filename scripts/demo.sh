@@ -2,7 +2,7 @@
 # Every trainer in miniature, on a CPU: demo data, tiny checkpoints, training with an interruption, use of the result.
 #   bash scripts/demo.sh
 #   bash scripts/demo.sh --only gaussian_refiner
-# Writes runs/demo, with report.html for a browser; what was there before is removed. 5 minutes on 2 idle cores, after the
+# Writes runs/demo, with report.html for a browser; what was there before is removed. 10 minutes on 2 cores, after the
 # installation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -44,7 +44,7 @@ GUIDES = sorted(
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
     if not path.relative_to(ROOT).parts[0].startswith(".")
 )
-ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").rglob("*.yaml"))
 
 
 @dataclass(frozen=True)
