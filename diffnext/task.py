@@ -18,6 +18,7 @@ from common.runtime import Processes, StopSignal
 from common.video import contact_sheet, load_image
 from diffnext.config import NovaConfig
 from diffnext.models.embeddings import DEFAULT_FLOW
+from diffnext.models.generation import SampleDraws
 from diffnext.models.masking import mask_ratio
 from diffnext.models.noise import FlowMatchingNoise, NoiseSchedule, noise_schedule
 from diffnext.models.objective import NovaDraws, nova_inputs, total_loss
@@ -71,21 +72,6 @@ def draw(
 
 def _integers(seed: int, number: int, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(rng_for(seed, "timestep", number).integers(0, NUM_TIMESTEPS, tuple(shape)))
-
-
-class SampleDraws:
-    """Random numbers of one generated sample, which follow from the seed and its number."""
-
-    def __init__(self, seed: int, number: int):
-        self.rng = rng_for(seed, "generation", number)
-
-    def uniform(self, shape: Sequence[int]) -> Tensor:
-        """(1, *shape) in [0, 1)."""
-        return torch.from_numpy(self.rng.random((1, *shape), dtype="float32"))
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """(1, *shape), standard normal."""
-        return torch.from_numpy(self.rng.standard_normal((1, *shape), dtype="float32"))
 
 
 class NovaTask:
@@ -168,7 +154,7 @@ class NovaTask:
                 motion_flow=validation.motion_flow,
                 disable_progress_bar=True,
                 output_type="np",
-                draws=SampleDraws(self.config.run.seed, number),
+                draws=SampleDraws([rng_for(self.config.run.seed, "generation", number)]),
             )
         return output.images if output.frames is None else output.frames[0]  # type: ignore[return-value]
 
