@@ -1,6 +1,7 @@
 """The order in which codewithgpu's DatasetReader delivers examples, and a reader process of its name."""
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,6 +124,7 @@ class DatasetReader(multiprocessing.Process):
 
     def run(self) -> None:
         """What the process does."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's might only take note
         dataset = self.dataset_getter(self.path)
         for index in reader_order(len(dataset), *self._order):
             self.output_queue.put(dataset[index])
