@@ -203,7 +203,7 @@ def test_bad_input_is_told_what_to_change(
     message = refused(capsys, *good, "--learning_rat", "1", "--snr_mode", "pairwise")
     assert "did you mean learning_rate" in message
     message = refused(capsys, *good, "--train_batch_size", "7")
-    assert "train_batch_size 7 x 1 processes is 7, the training items are 6" in message
+    assert "data.batch_size 7 x 1 processes is 7, the training items are 6" in message
     message = refused(capsys, "--output_dir", "x")
     assert "--pretrained_model_name_or_path is required" in message
     assert not (tmp_path / "run").exists()
