@@ -86,6 +86,26 @@ def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_param
     return accelerator
 
 
+def choose_device(wanted: str | None) -> None:
+    """Keeps to `wanted` (auto, cpu, cuda or None); called before the first look at the GPUs.
+
+    Raises:
+        ValueError: for a GPU that is not there.
+    """
+    if wanted == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device auto or cpu")
+
+
+def half_by_default(wanted: str | None) -> str | None:
+    """`wanted` as Accelerate spells it; None is the launcher's choice, and where it made none bf16 on a GPU."""
+    # `accelerate launch` sets "no" where nobody has asked for anything.
+    if wanted is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
+        return "bf16" if torch.accelerator.is_available() else "no"
+    return "no" if wanted == "fp32" else wanted
+
+
 def _set_up_deepspeed(config: dict[str, Any], precision: str) -> None:
     """Weights stay in float32 and compute under autocast, as without DeepSpeed, which would halve their precision."""
     config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed's own count of throughput alone uses it

@@ -470,10 +470,7 @@ def report(result: dict[str, Any] | None, folder: Path) -> None:
 
 def start(run: ComputeConfig) -> Any:
     """The Accelerator, for any launcher; ValueError for a GPU that is not there."""
-    if run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first look at the GPUs
-    elif run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device auto or cpu")
+    runtime.choose_device(run.device)
     return runtime.start(RunConfig(mixed_precision="no", process_group_timeout_s=WAIT_S), 1)
 
 

@@ -377,17 +377,11 @@ def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict
 
 def start(run: InferRun) -> tuple[Any, torch.dtype]:
     """The Accelerator, for any launcher, and the weights' type; ValueError for a GPU that is not there."""
-    if run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first look at the GPUs
-    elif run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device auto or cpu")
-    precision = run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    # `accelerate launch` sets "no" where nobody has asked for anything.
-    if run.mixed_precision is None and precision == "no" and torch.accelerator.is_available():
-        precision = "bf16"
+    runtime.choose_device(run.device)
+    precision = runtime.half_by_default(run.mixed_precision) or os.environ["ACCELERATE_MIXED_PRECISION"]
     # Those who are done first wait for the others, which takes as long as their results do.
     accelerator = runtime.start(RunConfig(mixed_precision="no", process_group_timeout_s=WAIT_S), 1)
-    return accelerator, DTYPES["no" if precision == "fp32" else precision]
+    return accelerator, DTYPES[precision]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

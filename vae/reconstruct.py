@@ -147,14 +147,8 @@ PARSER = Parser(
 
 def start(run: ComputeConfig) -> Any:
     """The Accelerator of a tool, for any launcher; ValueError for a GPU that is not there."""
-    if run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first look at the GPUs
-    elif run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device auto or cpu")
-    precision = "no" if run.mixed_precision == "fp32" else run.mixed_precision
-    # `accelerate launch` sets "no" where nobody has asked for anything.
-    if precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
-        precision = "bf16" if torch.accelerator.is_available() else "no"
+    runtime.choose_device(run.device)
+    precision: Any = runtime.half_by_default(run.mixed_precision)
     # Those who are done first wait for the others, which takes as long as their videos do.
     return runtime.start(RunConfig(mixed_precision=precision, process_group_timeout_s=WAIT_S), 1)
 

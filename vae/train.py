@@ -28,7 +28,6 @@ from vae.models.discriminator import NLayerDiscriminator, NLayerDiscriminator3D,
 from vae.models.load import build_model, load_model
 from vae.models.perceptual import PerceptualLoss
 from vae.models.pretrained import read_json
-from vae.models.wfvae import WFVAE
 from vae.task import SHEET_CLIPS, SHEET_FRAMES, VaeTask
 
 logger = logging.getLogger(__name__)
@@ -227,7 +226,7 @@ def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
     # The networks. Initial weights follow from the seed, so that they are the same on all processes.
     runtime.seed_model_randomness(config.run.seed, 0)
     bare_vae, bare_adversary = load_vae(config), load_adversary(config)
-    if config.loss.wavelet_loss and not isinstance(bare_vae, WFVAE):
+    if config.loss.wavelet_loss and not bare_vae.has_wavelet_coefficients:
         logger.warning("--wavelet_loss has no effect: %s gives no coefficients to compare", type(bare_vae).__name__)
     perceptual = load_perceptual(config, accelerator)
 
