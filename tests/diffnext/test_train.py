@@ -109,7 +109,7 @@ def launch(*words: str, config: str, processes: int = 1) -> str:
     """Runs `accelerate launch` with a launcher file of ours, and returns what it printed."""
     command = [BIN / "accelerate", "launch", "--config_file", f"accelerate_configs/{config}"]
     command += ["--num_processes", str(processes), "--main_process_port", "0", "scripts/train.py", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment
     )
