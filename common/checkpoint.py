@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.optim import EMA
+from common.sharding import is_sharded, load_weights, whole
 
 logger = logging.getLogger(__name__)
 
@@ -258,14 +260,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-def save_weights(module: nn.Module, directory: Path) -> None:
-    """A diffusers folder where the module can write one, else `model.safetensors`."""
-    save_pretrained = getattr(module, "save_pretrained", None)
-    if callable(save_pretrained):
-        save_pretrained(directory)
-    else:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.contiguous() for name, t in module.state_dict().items()}, directory / "model.safetensors")
+def save_weights(module: nn.Module, directory: Path, is_main: bool = True) -> None:
+    """A diffusers folder where the module can write one, else `model.safetensors`.
+
+    Called on all processes where the module may be sharded; the main one writes.
+    """
+    with whole(module, torch.device("cpu"), is_needed=is_main):
+        save_pretrained = getattr(module, "save_pretrained", None)
+        if is_main and callable(save_pretrained):
+            save_pretrained(directory)
+        elif is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+            save_file(weights, directory / "model.safetensors")
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
@@ -281,10 +288,15 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def save_average(ema: EMA, directory: Path) -> None:
-    """The averaged model, with its counters in config.json: diffusers' `EMAModel.from_pretrained` reads the folder."""
+def save_average(ema: EMA, directory: Path, is_main: bool = True) -> None:
+    """The averaged model, with its counters in config.json: diffusers' `EMAModel.from_pretrained` reads the folder.
+
+    Called as `save_weights` is.
+    """
     with ema.swapped():
-        save_weights(ema.module, directory)
+        save_weights(ema.module, directory, is_main)
+    if not is_main:
+        return
     path = directory / "config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     min_decay = 0.0 if ema.warmup else ema.decay
@@ -350,8 +362,11 @@ class Checkpoints:
         Raises:
             CheckpointError: an optimizer's state is of other parameters.
         """
+        # A whole optimizer has no place on the device of a shard, nor once per process in the memory of the host.
+        is_any_sharded = any(map(is_sharded, self.models.values()))
+        how: dict[str, Any] = {"map_location": "cpu", "load_kwargs": {"mmap": True}} if is_any_sharded else {}
         try:
-            self.accelerator.load_state(str(checkpoint))
+            self.accelerator.load_state(str(checkpoint), **how)
         except ValueError as error:
             if "parameter group" not in str(error):
                 raise
@@ -387,16 +402,15 @@ class Checkpoints:
 
     def _save_models(self, models: list[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
         weights.clear()  # Accelerate writes no model.safetensors: each model has its own folder
-        if not self.accelerator.is_main_process:
-            return
+        is_main = self.accelerator.is_main_process
         for name, model in self.models.items():
-            save_weights(model, Path(output_dir) / name)
+            save_weights(model, Path(output_dir) / name, is_main)
         for name, ema in self.emas.items():
-            save_average(ema, Path(output_dir) / f"{name}_ema")
+            save_average(ema, Path(output_dir) / f"{name}_ema", is_main)
 
     def _load_models(self, models: list[nn.Module], input_dir: str) -> None:
         models.clear()
         for name, model in self.models.items():
-            model.load_state_dict(read_weights(Path(input_dir) / name))
+            load_weights(model, read_weights(Path(input_dir) / name))
         for name, ema in self.emas.items():
             load_average(ema, Path(input_dir) / f"{name}_ema")

@@ -310,6 +310,7 @@ class Parser:
         check: cross-section checks; returns one sentence per problem.
         program, description: for `--help`.
         default_yaml: YAML file that is read where none is named.
+        yaml_flags: spellings of `--config`.
     """
 
     def __init__(
@@ -322,9 +323,11 @@ class Parser:
         program: str = "train",
         description: str = "",
         default_yaml: str | None = None,
+        yaml_flags: Sequence[str] = ("config",),
     ):
         self.config_class, self.ignored, self.check = config_class, dict(ignored or {}), check
-        self.program, self.description, self.default_yaml = program, description, default_yaml
+        self.program, self.description = program, description
+        self.default_yaml, self.yaml_flags = default_yaml, yaml_flags
         self.knobs = knobs(config_class, aliases or {})
         self.names = {s: knob.path for knob in self.knobs.values() for s in (knob.path, *knob.spellings)}
 
@@ -375,20 +378,20 @@ class Parser:
                 name, equals, value = token.partition("=")
                 if not equals:
                     problems.append(f"{token!r} is neither a --flag nor a key=value override")
-                elif name == "config":
+                elif name in self.yaml_flags:
                     yaml_path = value
                     if not value:
-                        problems.append("--config needs the path of a YAML file")
+                        problems.append(f"--{name} needs the path of a YAML file")
                 else:
                     dotted.append((name, value))
                 continue
             name, equals, value = token[2:].partition("=")
             name = name if name in self.names or name in self.ignored else name.replace("-", "_")
             values = [value] if equals else self._take_values(name, tokens)
-            if name == "config":
+            if name in self.yaml_flags:
                 yaml_path = values[0] if values else None
                 if not yaml_path:
-                    problems.append("--config needs the path of a YAML file")
+                    problems.append(f"--{name} needs the path of a YAML file")
             elif not values and name in self.names:
                 problems.append(f"--{name} needs a value ({describe_type(self.knobs[self.names[name]].annotation)})")
             else:
@@ -398,7 +401,7 @@ class Parser:
     def _take_values(self, name: str, tokens: list[str]) -> list[str]:
         """The values that belong to a flag, taken off the front of `tokens`."""
         knob = self.knobs.get(self.names.get(name, ""))
-        if name == "config":
+        if name in self.yaml_flags:
             return [tokens.pop(0)] if tokens and not tokens[0].startswith("--") else []
         if knob is None:  # ignored or unknown: what follows up to the next flag or override is its value
             taken = [tokens.pop(0)] if tokens and not tokens[0].startswith("--") and "=" not in tokens[0] else []
@@ -461,7 +464,8 @@ class Parser:
         prefix = "--" if source == "flag" else ""
         for name, value in pairs:
             if name in self.ignored:
-                warnings.append(f"{prefix}{name} has no effect: {self.ignored[name]}")
+                if value not in (None, False):  # `push_to_hub: No` asks for nothing
+                    warnings.append(f"{prefix}{name} has no effect: {self.ignored[name]}")
             elif name not in self.names:
                 exact = [path for path in self.knobs if path.endswith(f".{name}")]
                 hint = _did_you_mean(name, [*self.names, *self.ignored])
@@ -526,7 +530,9 @@ class Parser:
         """The `--help` text, generated from the fields: full name, spellings, type, default, meaning."""
         lines = [f"usage: {self.program} [--config FILE.yaml] [section.field=value ...] [--flag value ...]", ""]
         lines += [self.description.strip(), ""] if self.description else []
-        lines += ["  --config FILE        YAML file; later layers win: defaults < YAML < section.field=value < --flags"]
+        lines += [
+            f"  {' '.join(f'--{name}' for name in self.yaml_flags)} FILE        YAML file; later layers win: defaults < YAML < section.field=value < --flags"
+        ]
         lines += ["  --print_config       print the resolved configuration and stop"]
         lines += ["  --help               this text"]
         section = ""

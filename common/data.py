@@ -44,14 +44,18 @@ def draw_normal(seed: int, purpose: str, sample_numbers: Sequence[int], shape: S
     return torch.from_numpy(np.stack(rows))
 
 
-def draw_uniform(seed: int, purpose: str, sample_numbers: Sequence[int]) -> Tensor:
-    """Uniform float32 in [0, 1) on the CPU, (B,), a value per sample number."""
-    return torch.tensor([rng_for(seed, purpose, n).random(dtype=np.float32) for n in sample_numbers])
+def draw_uniform(seed: int, purpose: str, sample_numbers: Sequence[int], shape: Sequence[int] = ()) -> Tensor:
+    """Uniform float32 in [0, 1) on the CPU, (B, *shape), a row per sample number."""
+    rows = [rng_for(seed, purpose, n).random(tuple(shape), dtype=np.float32) for n in sample_numbers]
+    return torch.from_numpy(np.stack(rows))
 
 
-def draw_integers(seed: int, purpose: str, sample_numbers: Sequence[int], low: int, high: int) -> Tensor:
-    """Uniform int64 in [low, high) on the CPU, (B,), a value per sample number."""
-    return torch.tensor([int(rng_for(seed, purpose, n).integers(low, high)) for n in sample_numbers])
+def draw_integers(
+    seed: int, purpose: str, sample_numbers: Sequence[int], low: int, high: int, shape: Sequence[int] = ()
+) -> Tensor:
+    """Uniform int64 in [low, high) on the CPU, (B, *shape), a row per sample number."""
+    rows = [rng_for(seed, purpose, n).integers(low, high, tuple(shape)) for n in sample_numbers]
+    return torch.from_numpy(np.stack(rows))
 
 
 # Order ----------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from common.log import METRICS, RunLog
 from common.measure import Meter, parse_steps
 from common.optim import Learner
 from common.runtime import StopRequested, StopSignal, seed_model_randomness, versions
+from common.sharding import is_sharded, whole, whole_of
 from common.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,8 @@ class Run:
             trained, frozen = (sum(size for size, grad in sizes if grad is wanted) for wanted in (True, False))
             rate = learner.learning_rate(self.step)
             lines.append(f"{name}: {trained:,} parameters are trained, {frozen:,} frozen; learning rate {rate:.3g}")
+            if is_sharded(learner.model):
+                lines.append(f"{name}: sharded over the processes (FSDP2), whole on each for validation and export")
         epochs = self.total_steps * self.global_batch / self.num_items
         return [
             *lines,
@@ -462,11 +465,15 @@ def validate(run: Run, task: Task, learners: Mapping[str, Learner]) -> None:
 
 @contextmanager
 def averaged(learners: Mapping[str, Learner]) -> Iterator[None]:
-    """Inside the block the moving averages stand in place of the weights, for the models that have one."""
+    """Inside the block the moving averages stand in place of the weights, for the models that have one.
+
+    Sharded models are whole there, on every process.
+    """
     with ExitStack() as stack:
         for learner in learners.values():
             if learner.ema:
                 stack.enter_context(learner.ema.swapped())
+            stack.enter_context(whole(learner.model))
         yield
 
 
@@ -476,7 +483,7 @@ def clip_gradients(accelerator: Accelerator, learner: Learner) -> Tensor:
         return torch.as_tensor(float(accelerator.clip_grad_norm_([], 0.0) or 0.0), device=accelerator.device)
     accelerator.unscale_gradients(learner.optimizer)
     parameters = [p for p in learner.model.parameters() if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm or math.inf)
+    return whole_of(torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm or math.inf))
 
 
 def _agree(run: Run, sums: Mapping[str, Tensor], *, grad_norm: Tensor, too_many_bad: bool) -> dict[str, float]:
@@ -519,8 +526,8 @@ def report_nonfinite(run: Run, optimizer: str, means: Mapping[str, float], in_a_
         def write(staging: Path) -> None:
             if accelerator.is_main_process:
                 (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-                for name, model in run.checkpoints.models.items():
-                    checkpoints.save_weights(model, staging / name)
+            for name, model in run.checkpoints.models.items():
+                checkpoints.save_weights(model, staging / name, accelerator.is_main_process)
 
         publish(accelerator, folder, write)
     elif accelerator.is_main_process:

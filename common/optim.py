@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import OptimConfig
+from common.sharding import part_of, sharded_like
 
 # Learning rate --------------------------------------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class Learner:
 
 
 class EMA:
-    """Exponential moving average of a module's trainable parameters, in float32.
+    """Exponential moving average of a module's trainable parameters, in float32; of a sharded one, of each part apart.
 
     The decay after n updates is min(decay, (1 + n) / (10 + n)), as in diffusers' `EMAModel`, whose folders it writes.
 
@@ -157,10 +158,10 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float, offload: bool = False, warmup: bool = True, every: int = 1):
         self.module, self.decay, self.updates = module, decay, 0
         self.offload, self.warmup, self.every = offload, warmup, every
-        self.average = [self._place(p.detach().float().clone()) for p in self._live()]
+        self.average = [self._place(part.float().clone()) for part in self._live()]
 
-    def _live(self) -> list[nn.Parameter]:
-        return [p for p in self.module.parameters() if p.requires_grad]
+    def _live(self) -> list[Tensor]:
+        return [part_of(p.detach()) for p in self.module.parameters() if p.requires_grad]
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.cpu() if self.offload else tensor
@@ -178,13 +179,13 @@ class EMA:
         self.updates += 1
         if self.updates % self.every:
             return
-        live = [self._place(p.detach().float()) for p in self._live()]
+        live = [self._place(part.float()) for part in self._live()]
         torch._foreach_lerp_(self.average, live, 1.0 - self.current_decay())  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The module holds the average inside the block, and its own weights again after it, bit for bit."""
-        own = [p.detach().clone() for p in self._live()]
+        own = [part.clone() for part in self._live()]
         self._write(self.average)
         try:
             yield
@@ -193,12 +194,12 @@ class EMA:
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._live(), values, strict=True):
-            parameter.copy_(value)
+        for part, value in zip(self._live(), values, strict=True):
+            part.copy_(value)
 
     def restore(self, weights: Mapping[str, Tensor], updates: int) -> None:
         """Takes up the state of an average that was saved: the averaged weights by name, and the number of updates."""
-        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-        for average, name in zip(self.average, names, strict=True):
-            average.copy_(weights[name])
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        for average, (name, p) in zip(self.average, named, strict=True):
+            average.copy_(part_of(sharded_like(weights[name], p)))
         self.updates = updates

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from common.checkpoint import read_weights
 from common.data import SampleLoader
 from common.loop import Run, Task
 from common.runtime import seed_model_randomness
+from common.sharding import load_weights, whole
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +33,19 @@ def replay(run: Run, task: Task, loader: SampleLoader, record_path: Path) -> lis
         if not change.path.startswith(("run.output_dir", "run.replay", "checkpoint.", "log.", "validation.")):
             logger.warning("not as when it was recorded: %s", change)
     for name, model in run.checkpoints.models.items():
-        model.load_state_dict(read_weights(record_path.parent / name))
+        load_weights(model, read_weights(record_path.parent / name))
     findings = []
     count = run.accelerator.gradient_accumulation_steps
-    for number, batch in enumerate(loader.batches(record["first_sample"], 1), 1):
-        batch: Any = send_to_device(batch, run.accelerator.device)
-        samples, items = batch["sample_number"].tolist(), batch["item"].tolist()
-        seed_model_randomness(record["seed"], samples[0])
-        what = f"micro-batch {number} of {count} (samples {samples}, items {items})"
-        findings.append(f"{what}: {_examine(run, task, batch, record['step'])}")
-        logger.info("%s", findings[-1])
+    with ExitStack() as stack:
+        for model in run.checkpoints.models.values():
+            stack.enter_context(whole(model))
+        for number, batch in enumerate(loader.batches(record["first_sample"], 1), 1):
+            batch: Any = send_to_device(batch, run.accelerator.device)
+            samples, items = batch["sample_number"].tolist(), batch["item"].tolist()
+            seed_model_randomness(record["seed"], samples[0])
+            what = f"micro-batch {number} of {count} (samples {samples}, items {items})"
+            findings.append(f"{what}: {_examine(run, task, batch, record['step'])}")
+            logger.warning("%s", findings[-1])  # of every process
     return findings
 
 
@@ -66,9 +70,13 @@ def _examine(run: Run, task: Task, batch: dict[str, Any], step: int) -> str:
     models = run.checkpoints.models
     with _first_nonfinite_output(models) as found:
         output = task.training_step(batch, step)
-    if not torch.isfinite(output.loss):
+    is_finite = bool(torch.isfinite(output.loss))
+    is_any_not = run.stop.agreed(not is_finite)  # else some would wait for the others in the backward pass
+    if not is_finite:
         where = found[0] if found else "in the loss itself: every module's output is finite"
         return f"loss {output.loss.item()}; it begins {where}"
+    if is_any_not:
+        return f"loss {output.loss.item():.6g} is finite, that of another process is not"
     run.accelerator.backward(output.loss)
     broken = [
         f"{model_name}.{name}"

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -27,11 +28,13 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    patch_environment,
 )
 from torch import Tensor
 
 from common.config import RunConfig
 from common.data import rng_for
+from common.sharding import Sharding, shard, sharding_of_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +58,41 @@ class Processes(Protocol):
     def wait_for_everyone(self) -> None: ...
 
 
+class ShardingAccelerator(Accelerator):
+    """An Accelerator whose `prepare` shards a network and its optimizer (FSDP2).
+
+    Accelerate itself shards on GPUs only, and saves in another format. Here it sees plain data-parallel processes, with
+    or without a GPU, and its checkpoints are those of such a run.
+    """
+
+    def __init__(self, sharding: Sharding, **settings: Any):
+        with patch_environment(accelerate_use_fsdp="false"):
+            super().__init__(**settings)
+        self.sharding = sharding
+
+    def prepare(self, *objects: Any, **_: Any) -> Any:
+        """A network and its optimizer; ValueError for more than these, or a second time."""
+        if len(objects) != 2 or self._models:
+            raise ValueError(
+                "FSDP shards one network per run, and this trainer trains two in turns: launch it without FSDP, e.g. "
+                "with accelerate_configs/ddp.yaml"
+            )
+        model, optimizer = objects
+        shard(model, optimizer, self.sharding, self.device, self.mixed_precision)
+        # Evaluation mode adds autocast alone, and no DDP.
+        return self.prepare_model(model, evaluation_mode=True), self.prepare_optimizer(optimizer, False)
+
+
 def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_parameters: bool = False) -> Accelerator:
     """The Accelerator of a run, for any launcher: plain python, torchrun, `accelerate launch`.
 
     Accumulation windows never end early, loaders and schedules are ours, `mixed_precision` null obeys the launcher.
     """
     _end_with_launcher()
-    accelerator = Accelerator(
+    sharding = sharding_of_launcher()
+    if sharding is not None:
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load on the main process alone
+    accelerator = (partial(ShardingAccelerator, sharding) if sharding else Accelerator)(
         cpu=_runs_on_cpu(),
         mixed_precision=_precision(run.mixed_precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(

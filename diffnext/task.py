@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.data import draw_normal, draw_uniform, rng_for
+from common.data import draw_integers, draw_normal, draw_uniform, rng_for
 from common.log import RunLog
 from common.loop import StepOutput
 from common.runtime import Processes, StopSignal
@@ -56,22 +56,15 @@ def draw(
     if isinstance(noise, FlowMatchingNoise):
         timesteps = draw_normal(seed, "timestep", sample_numbers, per_token)  # (B, R, T, N)
     else:
-        timesteps = torch.stack([_integers(seed, number, per_token) for number in sample_numbers])
-    order = [
-        rng_for(seed, "token order", n).random((num_frames, num_tokens, 1), dtype="float32") for n in sample_numbers
-    ]
+        timesteps = draw_integers(seed, "timestep", sample_numbers, 0, NUM_TIMESTEPS, per_token)
     return NovaDraws(
         posterior_noise=draw_normal(seed, "posterior", sample_numbers, latent_shape),  # (B, C, [T,] H, W)
         text_dropout=draw_uniform(seed, "text dropout", sample_numbers),  # (B,)
-        token_order=torch.stack([torch.from_numpy(one) for one in order]).flatten(0, 1),  # (B T, N, 1)
+        token_order=draw_uniform(seed, "token order", sample_numbers, (num_frames, num_tokens, 1)).flatten(0, 1),
         mask_ratio=mask_ratio(float(rng_for(seed, "mask ratio", step).random())),
         noise=rows(draw_normal(seed, "noise", sample_numbers, (*per_token, values))),  # (R B T, N, V)
         timesteps=rows(timesteps),  # (R B T, N)
     )
-
-
-def _integers(seed: int, number: int, shape: Sequence[int]) -> Tensor:
-    return torch.from_numpy(rng_for(seed, "timestep", number).integers(0, NUM_TIMESTEPS, tuple(shape)))
 
 
 class NovaTask:

@@ -77,6 +77,8 @@ class Source:
 
 
 class Model(nn.Module):
+    _no_split_modules = ("Linear",)
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(WIDTH, 32), nn.SiLU(), nn.Dropout(0.0), nn.Linear(32, WIDTH))

@@ -190,6 +190,35 @@ def test_the_documented_commands_with_deepspeed(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_documented_commands_with_fsdp2(
+    kind: str, pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path
+) -> None:
+    plain, sharded, cut = (tmp_path / name for name in ("plain", "sharded", "cut"))
+    more = ["training.mixed_precision=fp32", "experiment.save_every=2", "ema.params.update_every=1"]
+    if kind == "t2i":  # one prompt each, and a third one that the first process has alone
+        more += ["validation.prompts=[a thing, thing 3, thing 4]", "validation.num_inference_steps=2"]
+        more += ["validation.num_diffusion_steps=2"]
+    launch(*words_of(kind, pipelines, caches, plain), *more, config="ddp.yaml", processes=2)
+    launch(*words_of(kind, pipelines, caches, sharded), *more, config="fsdp2.yaml", processes=2)
+    for ours, reference in zip(metrics(sharded), metrics(plain), strict=True):
+        for name in RESULTS & set(reference) - {"kind"}:
+            assert ours[name] == pytest.approx(reference[name], rel=1e-4), name
+    for name in ("checkpoint-4/transformer", "checkpoint-4/transformer_ema", "export/transformer"):
+        ours, theirs = weights(sharded / name), weights(plain / name)
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5)
+        assert (sharded / name / "config.json").read_text() == (plain / name / "config.json").read_text()
+    shutil.copytree(sharded, cut)
+    for name in ("checkpoint-4", "export"):
+        shutil.rmtree(cut / name)
+    launch(*words_of(kind, pipelines, caches, cut), *more, config="fsdp2.yaml", processes=2)
+    assert metrics(cut) == metrics(sharded)
+    ours, theirs = (weights(folder / "checkpoint-4" / "transformer") for folder in (cut, sharded))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_cached_texts_give_the_loss_of_encoded_ones(
     pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ class NOVATransformer3DModel(PretrainedModel):
 
     config_class = NovaConfig
     config: NovaConfig
+    _no_split_modules = ("Block", "DiffusionBlock")  # FSDP gathers one of them at a time
 
     @classmethod
     def adapt_config(cls, config: dict[str, Any]) -> dict[str, Any]:
