@@ -2,6 +2,7 @@
 
     python scripts/doctor.py pairs data/example_kitti.json --data_root data
     python scripts/doctor.py videos clips --processes 8 --timeout_s 20 --min_frames 34 --min_side_px 256
+    python scripts/doctor.py views renders --num_views 6
 
 Items are read in processes of their own, so one that crashes or hangs its decoder is found and named like any other.
 Writes to the output folder: results.jsonl (one line per item; a second run only looks at files that are new or have
@@ -20,14 +21,21 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from common.doctor import Check, Item, Result, scan
 from common.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_files, image_size, load_image, probe_video, read_frames
 from gaussian_refiner.data import BUCKETS, IMAGE_KEYS, Pair, choose_bucket, load_crops, read_pairs, window_places
+from mvdiffusion.data.mvds import Layout, RenderedObject, list_uids, locate
+from mvdiffusion.data.poses import choose_views, read_pose
+from mvdiffusion.data.preparation import decode_normals, prepare_mask, read_image
 
 SMALLEST_SIDE_PX = 64
 LARGEST_ASPECT_DIFFERENCE = 0.05
+NORMAL_LENGTHS = (0.8, 1.2)  # of the median normal
+SMALLEST_FACING_SHARE = 0.75  # of the normals; half of them in a world frame, nearly all in the camera's
+DEFAULT_NUM_VIEWS = 6
 SHOWN_REASONS = 10
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,7 +86,7 @@ def list_videos(path: Path, data_root: Path | None) -> list[Item]:
     `data_root`, which would mean nothing.
     """
     if data_root is not None:
-        raise ValueError("--data_root is for pairs; the clips of videos are searched in PATH itself")
+        raise ValueError("--data_root is for pairs and views; the clips of videos are searched in PATH itself")
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder; videos needs the folder that the clips are in")
     suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
@@ -106,11 +114,69 @@ def check_video(path: Path, min_frames: int = 1, min_side_px: int = 1) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# views: rendered objects of mvdiffusion
+
+Views = tuple[RenderedObject, tuple[str, ...]]
+
+
+def list_views(path: Path, data_root: Path | None, num_views: int = DEFAULT_NUM_VIEWS) -> list[Item]:
+    """Every object in a folder of renders, or, with `data_root` being that folder, in a list (see `read_uids`).
+
+    An item is the object's usual `num_views` views, complete or not. Raises what `list_uids` and `choose_views` raise.
+    """
+    views, layout = choose_views(num_views), Layout()
+    root, object_list = (path, None) if data_root is None else (data_root, path)
+    items = []
+    for uid in list_uids(root, layout, object_list):
+        found, _ = locate(root, uid, layout, views)
+        files = found.files(views, with_poses=any(found.pose(view).is_file() for view in views))
+        items.append(Item(uid, tuple(files), (found, views)))
+    return items
+
+
+def check_views(content: Views) -> None:
+    """Raises ValueError for a missing, unreadable or damaged file, for images of one view that differ in size, for a
+    view without object or without background, and for normals that are none or not in the view's own camera frame."""
+    found, views = content
+    has_poses = any(found.pose(view).is_file() for view in views)
+    for view in views:
+        colour_path, normal_path = found.image("rgb", view), found.image("normals", view)
+        mask = read_image(found.image("mask", view)) if found.has_masks else None
+        colour = read_image(colour_path, needs_alpha=mask is None)
+        normals = read_image(normal_path, needs_alpha=mask is None)
+        mask = colour.getchannel("A") if mask is None else mask
+        if not colour.size == normals.size == mask.size:
+            sides = ", ".join(f"{name} {image.width}" for name, image in (("normals", normals), ("mask", mask)))
+            raise ValueError(f"{colour_path}: is {colour.width} px wide, but of the same view are: {sides} px")
+        opaque = prepare_mask(mask, mask.size)[..., 0] > 0  # (H, W)
+        if opaque.all() or not opaque.any():
+            share = "all" if opaque.all() else "none"
+            raise ValueError(f"{colour_path}: {share} of the image is the object, as its mask or alpha says")
+        _check_normals(normal_path, decode_normals(np.asarray(normals)[opaque][:, :3]))
+        if has_poses:
+            read_pose(found.pose(view))
+
+
+def _check_normals(path: Path, normals: np.ndarray) -> None:
+    """normals: (N, 3), of the object's pixels."""
+    length = float(np.median(np.linalg.norm(normals, axis=1)))
+    if not NORMAL_LENGTHS[0] <= length <= NORMAL_LENGTHS[1]:
+        raise ValueError(f"{path}: the median length of the normals is {length:.2f}, but normals have length 1")
+    facing = float((normals[:, 2] > 0).mean())
+    if facing < SMALLEST_FACING_SHARE:
+        raise ValueError(
+            f"{path}: {facing:.0%} of the visible normals face the camera (blue above 127), but nearly all do in the "
+            "view's own camera frame"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per kind of data set: what lists its items, (path, data_root) -> items, and what tries one.
 KINDS: dict[str, tuple[Callable[[Path, Path | None], list[Item]], Check]] = {
     "pairs": (list_pairs, check_pair),
     "videos": (list_videos, check_video),
+    "views": (list_views, check_views),
 }
 
 Stamp = list[list[Any]]
@@ -232,6 +298,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {value}, but must be at least 1")
         if value > 1 and name != "processes" and arguments.kind != "videos":
             raise ValueError(f"--{name} is for videos")
+    if arguments.num_views != DEFAULT_NUM_VIEWS and arguments.kind != "views":
+        raise ValueError("--num_views is for views")
     if not 0 < arguments.timeout_s < float("inf"):
         raise ValueError(f"--timeout_s is {arguments.timeout_s:g}, but must be above 0 and finite")
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -241,13 +309,21 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("path", type=Path, metavar="PATH", help="pairs: the json list; videos: a folder of clips")
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="pairs: the json list; videos: a folder of clips; views: a folder of renders, or a list of objects",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/doctor"), help="folder of the results")
     parser.add_argument("--processes", type=int, default=2, help="items read at a time")
     parser.add_argument("--timeout_s", type=float, default=60.0, help="how long reading one item may take")
-    parser.add_argument("--data_root", type=Path, help="pairs: where the relative paths of the list start")
+    parser.add_argument(
+        "--data_root", type=Path, help="pairs: where the relative paths of the list start; views: the renders"
+    )
     parser.add_argument("--min_frames", type=int, default=1, help="videos: the least that a clip must have")
     parser.add_argument("--min_side_px", type=int, default=1, help="videos: the least width and height")
+    parser.add_argument("--num_views", type=int, default=DEFAULT_NUM_VIEWS, help="views: how many of each object")
     parser.add_argument("--again", action="store_true", help="look also at files that have not changed")
     arguments = parser.parse_args(argv)
     list_items, check = KINDS[arguments.kind]
@@ -256,6 +332,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.kind == "videos":
             limits = {"min_frames": arguments.min_frames, "min_side_px": arguments.min_side_px}
             check = functools.partial(check, **limits)
+        if arguments.kind == "views":
+            list_items = functools.partial(list_items, num_views=arguments.num_views)
         items = list_items(arguments.path, arguments.data_root)
         arguments.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """Makes small data sets out of real photographs, for the demo: no download is needed.
 
-The photographs come with scikit-image (`pip install -e '.[demo]'`).
+The photographs come with scikit-image (`pip install -e '.[demo]'`); mvdiffusion's views are rendered with pyvista
+(`pip install -e '.[render]'`).
 
     python scripts/make_demo_data.py
     python scripts/make_demo_data.py --output runs/demo/data --only gaussian_refiner --items 48
@@ -9,12 +10,14 @@ The photographs come with scikit-image (`pip install -e '.[demo]'`).
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from common.video import write_video
 
@@ -351,6 +354,156 @@ def _write_lines(table: Path, rows: list[str], prompts: list[str]) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# mvdiffusion: textured meshes, their views as `render_multiview.py` makes them, and photographs of single objects
+
+VIEWS = ("front", "front_right", "right", "back", "left", "front_left")
+VIEW_PX, VIEW_SCALE = 64, 1.0
+TEXTURES = ("astronaut.png", "chelsea.png", "coffee.png", STEREO_PAIR[0])  # the others are too dark
+TEXTURE_PX = (96, 96)
+NUM_OBJECTS = 32
+BODIES = (
+    "sphere",
+    "box",
+    "cylinder",
+    "cone",
+    "torus",
+    "capsule",
+    "superquadric",
+    "ant",
+    "superquadric",
+    "snowman",
+    "table",
+    "airplane",
+    "mushroom",
+    "dumbbell",
+    "nut",
+    "tower",
+)
+PACKAGE_MESHES = ("ant", "airplane", "nut")  # in the examples of pyvista
+# What is cut out of a photograph: ellipses (centre x, y, half width, half height) and polygons, in pixels.
+PHOTOGRAPHED: dict[str, tuple[str, list[tuple[float, ...]]]] = {
+    "cup": ("coffee.png", [(277, 236, 202, 150), (290, 112, 118, 97)]),
+    "coin": ("coins.png", [(347, 186, 32, 32)]),
+    "rocket": ("rocket.jpg", [(311, 407, 311, 170, 315, 140, 321, 128, 327, 140, 331, 170, 331, 407)]),
+    "astronaut": (
+        "astronaut.png",
+        [
+            (22, 512, 26, 390, 70, 265, 120, 220, 135, 160, 160, 120, 152, 60, 200, 18, 240, 14, 292, 40, 302, 85, 285)
+            + (130, 276, 155, 304, 225, 350, 300, 364, 345, 420, 345, 480, 385, 508, 450, 511, 512)
+        ],
+    ),
+}
+PHOTO_PX = 256
+
+
+def make_mvdiffusion_data(directory: Path, seed: int = 0, jobs: int = 2) -> Path:
+    """Writes `meshes/`, 32 .glb files, `views/`, six views of each in RGB and normals, and `photos/`.
+
+    The meshes are simple bodies and some that come with pyvista, of random proportions and orientation, with windows
+    of photographs as textures. `photos` holds PNG files with alpha, each of one object. The same arguments give the
+    same pixels on the same machine. Returns `views`. Raises ModuleNotFoundError without pyvista or trimesh,
+    RuntimeError where VTK cannot draw.
+
+    Args:
+        jobs: objects rendered at a time.
+    """
+    from render_multiview import Settings, render_folder, require_renderer
+
+    require_renderer()
+    meshes, views = Path(directory, "meshes"), Path(directory, "views")
+    meshes.mkdir(parents=True, exist_ok=True)
+    for index in range(NUM_OBJECTS):
+        body = BODIES[index % len(BODIES)]
+        _textured_body(body, np.random.default_rng([seed, index])).export(meshes / f"{index:03d}_{body}.glb")
+    if views.exists():
+        shutil.rmtree(views)
+    settings = Settings(views=VIEWS, resolution_px=VIEW_PX, ortho_scale=VIEW_SCALE, supersampling=3)
+    bad = render_folder(meshes, views, settings, jobs)
+    if bad:
+        raise RuntimeError(f"some meshes could not be rendered: {bad}")
+    make_photos(Path(directory, "photos"))
+    return views
+
+
+def _textured_body(body: str, rng: np.random.Generator) -> Any:
+    """A trimesh of random proportions and orientation; its texture is projected along the nearest axis."""
+    import trimesh
+
+    mesh = _body(body, rng)
+    corners = mesh.vertices[mesh.faces] * rng.uniform(0.6, 1.4, 3)  # (T, 3, 3)
+    corners -= (corners.min((0, 1)) + corners.max((0, 1))) / 2
+    corners /= np.abs(corners).max()
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # (T, 3)
+    axis = np.abs(normals).argmax(1)  # (T,)
+    others = np.array([(1, 2), (0, 2), (0, 1)])[axis][:, None]  # (T, 1, 2)
+    uv = np.take_along_axis(corners, np.broadcast_to(others, (len(corners), 3, 2)), axis=2) / 2 + 0.5  # (T, 3, 2)
+    photograph = read_photograph(rng.choice(TEXTURES))
+    window = _random_window(rng, (0, 0, *photograph.size), TEXTURE_PX, smallest=0.3)
+    material = trimesh.visual.material.PBRMaterial(baseColorTexture=_cut(photograph, window, TEXTURE_PX))
+    rotation = trimesh.transformations.random_rotation_matrix(rng.uniform(size=3))[:3, :3]
+    return trimesh.Trimesh(
+        corners.reshape(-1, 3) @ rotation.T,
+        np.arange(3 * len(corners)).reshape(-1, 3),
+        visual=trimesh.visual.TextureVisuals(uv.reshape(-1, 2), material),
+        process=False,
+    )
+
+
+def _body(body: str, rng: np.random.Generator) -> Any:
+    """A trimesh without a texture, about 1 to 3 units large."""
+    import pyvista.examples
+    import trimesh
+    from trimesh.creation import box, capsule, cone, cylinder, icosphere, torus
+
+    if body in PACKAGE_MESHES:
+        return trimesh.load_mesh(Path(pyvista.examples.__file__).parent / f"{body}.ply")
+    if body == "superquadric":
+        mesh = icosphere(4)
+        mesh.vertices = np.sign(mesh.vertices) * np.abs(mesh.vertices) ** rng.uniform(0.3, 1.8)
+        return mesh
+
+    def at(part: Any, x: float, y: float, z: float) -> Any:
+        return part.apply_translation((x, y, z))
+
+    thin = rng.uniform(0.1, 0.3)
+    legs = [at(box((0.15, 0.15, 0.8)), x, y, -0.4) for x in (-0.5, 0.5) for y in (-0.5, 0.5)]
+    parts = {
+        "sphere": [icosphere(4)],
+        "box": [box((1, 1, 1))],
+        "cylinder": [cylinder(0.5, 1, sections=64)],
+        "cone": [cone(0.6, 1, sections=64)],
+        "torus": [torus(0.7, thin, major_sections=64, minor_sections=32)],
+        "capsule": [capsule(1, 0.2 + thin)],
+        "snowman": [icosphere(3), at(icosphere(3, 0.7), 0, 0, 1.2), at(icosphere(3, 0.45), 0, 0, 2)],
+        "table": [box((1.2, 1.2, thin)), *legs],
+        "mushroom": [cylinder(thin, 1.2, sections=48), at(cone(0.7, 0.6, sections=48), 0, 0, 0.4)],
+        "dumbbell": [cylinder(thin, 1.6, sections=48), *(at(icosphere(3, 0.5), 0, 0, z) for z in (-0.8, 0.8))],
+        "tower": [box((1, 1, 0.8)), at(cylinder(0.4, 1, sections=48), 0, 0, 0.9), at(icosphere(3, 0.4), 0, 0, 1.4)],
+    }
+    return trimesh.util.concatenate(parts[body])
+
+
+def make_photos(directory: Path) -> Path:
+    """Writes photographs of single objects, RGBA PNG files with sides of up to 256 px; returns `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, (photograph, shapes) in PHOTOGRAPHED.items():
+        image = read_photograph(photograph)
+        mask = Image.new("L", image.size)
+        for shape in shapes:
+            if len(shape) == 4:
+                x, y, half_width, half_height = shape
+                box = (x - half_width, y - half_height, x + half_width, y + half_height)
+                ImageDraw.Draw(mask).ellipse(box, fill=255)
+            else:
+                ImageDraw.Draw(mask).polygon(shape, fill=255)
+        image.putalpha(mask.filter(ImageFilter.GaussianBlur(0.7)))
+        image = image.crop(mask.getbbox())
+        image.thumbnail((PHOTO_PX, PHOTO_PX), Image.Resampling.LANCZOS)
+        image.save(directory / f"{name}.png")
+    return directory
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
@@ -360,6 +513,7 @@ MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
     "vae": lambda directory, arguments: make_vae_data(directory, arguments.seed),
     "diffnext_t2i": lambda directory, arguments: make_nova_image_data(directory, arguments.seed),
     "diffnext_t2v": lambda directory, arguments: make_nova_clip_data(directory, arguments.seed),
+    "mvdiffusion": lambda directory, arguments: make_mvdiffusion_data(directory, arguments.seed),
 }
 
 

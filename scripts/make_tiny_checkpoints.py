@@ -184,14 +184,22 @@ def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int =
     image_normalizer.save_pretrained(directory / "image_normalizer")
     with seeded(seed):
         UNet2DConditionModel(**UNCLIP_UNET).save_pretrained(directory / "unet")
-    with seeded(seed):
-        vae = AutoencoderKL(**(UNCLIP_FITTED_VAE if vae_fit_steps else UNCLIP_VAE))
-    if vae_fit_steps:
-        with one_thread():
-            psnr_db = fit_vae(vae, vae_fit_steps, seed)
-        print(f"VAE after {vae_fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the photographs")
-    vae.save_pretrained(directory / "vae")
+    save_unclip_vae(directory / "vae", seed, vae_fit_steps)
     return directory
+
+
+def save_unclip_vae(
+    directory: Path, seed: int, fit_steps: int, pictures: Callable[[], list[torch.Tensor]] | None = None
+) -> None:
+    """UNCLIP_VAE, or with `fit_steps` > 0 UNCLIP_FITTED_VAE after `fit_vae` on the photographs or `pictures`."""
+    with seeded(seed):
+        vae = AutoencoderKL(**(UNCLIP_FITTED_VAE if fit_steps else UNCLIP_VAE))
+    if fit_steps:
+        with one_thread():
+            psnr_db = fit_vae(vae, fit_steps, seed, pictures=pictures() if pictures else None)
+        shown = "pictures" if pictures else "photographs"
+        print(f"VAE after {fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the {shown}")
+    vae.save_pretrained(directory)
 
 
 def save_clip_text_encoder(text_encoder: CLIPTextModel, directory: Path) -> None:
@@ -251,15 +259,17 @@ def fit_vae(
     crop_px: int = 64,
     short_side_px: int | None = None,
     learning_rate: float = 1e-3,
+    pictures: list[torch.Tensor] | None = None,
 ) -> float:
     """Fits `vae`, in place, to decode the mean of its posterior to the input.
 
     L1 loss on random crops of the scikit-image photographs, Adam, cosine learning rate. Afterwards each latent channel
     of the photographs has mean 0 and deviation 1/scaling_factor, and sampling the posterior changes a latent by 0.3 %
     of that. Expects UNCLIP_FITTED_VAE or something wider, or NOVA_FITTED_VAE. With `short_side_px` the photographs are
-    made that small. Returns the mean PSNR over the photographs, in dB.
+    made that small. With `pictures`, each (1, 3, H, W) in [-1, 1] with sides that are multiples of 8, these take the
+    photographs' place. Returns the mean PSNR over them, in dB.
     """
-    photographs = _photographs(short_side_px)
+    photographs = pictures or _photographs(short_side_px)
     generator = torch.Generator().manual_seed(seed)
     _start_as_average_pooling(vae)
     vae.train()
@@ -524,6 +534,105 @@ def write_phi_tokenizer(directory: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# mvdiffusion: lambdalabs/sd-image-variations-diffusers; its VAE is that of gaussian_refiner
+
+VARIATIONS_UNET = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(12, 16, 24, 24),
+    layers_per_block=2,
+    norm_num_groups=4,
+    cross_attention_dim=32,
+    attention_head_dim=2,  # despite its name the number of heads
+)
+VARIATIONS_IMAGE_ENCODER = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    projection_dim=32,  # one token for the cross attention
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=224,
+    patch_size=32,
+    hidden_act="quick_gelu",
+)
+# Written as it stands: a DDIM scheduler that reads it would clip samples without `clip_sample`, which PNDM leaves out.
+VARIATIONS_SCHEDULER = dict(
+    _class_name="PNDMScheduler",
+    _diffusers_version=diffusers.__version__,
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    prediction_type="epsilon",
+    set_alpha_to_one=False,
+    skip_prk_steps=True,
+    steps_offset=1,
+    timestep_spacing="leading",
+    trained_betas=None,
+)
+VARIATIONS_MODEL_INDEX = dict(
+    _class_name="StableDiffusionImageVariationPipeline",
+    _diffusers_version=diffusers.__version__,
+    feature_extractor=["transformers", "CLIPImageProcessor"],
+    image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+    requires_safety_checker=False,
+    safety_checker=[None, None],
+    scheduler=["diffusers", "PNDMScheduler"],
+    unet=["diffusers", "UNet2DConditionModel"],
+    vae=["diffusers", "AutoencoderKL"],
+)
+
+
+def make_mvdiffusion_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int = 0) -> Path:
+    """A miniature of sd-image-variations-diffusers that `StableDiffusionImageVariationPipeline.from_pretrained` loads.
+
+    The same seed gives the same bytes; files already in `directory` are overwritten. With `vae_fit_steps` > 0 the VAE
+    is a little wider and fitted on `object_pictures`. Returns `directory`.
+    """
+    directory = Path(directory)
+    write_json(directory / "model_index.json", VARIATIONS_MODEL_INDEX)
+    write_json(directory / "feature_extractor" / "preprocessor_config.json", CLIP_FEATURE_EXTRACTOR)
+    write_json(directory / "scheduler" / "scheduler_config.json", VARIATIONS_SCHEDULER)
+    with seeded(seed):
+        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**VARIATIONS_IMAGE_ENCODER))
+    image_encoder.save_pretrained(directory / "image_encoder")
+    with seeded(seed):
+        UNet2DConditionModel(**VARIATIONS_UNET).save_pretrained(directory / "unet")
+    save_unclip_vae(directory / "vae", seed, vae_fit_steps, object_pictures)
+    return directory
+
+
+def object_pictures(count: int = 128, size_px: int = 64) -> list[torch.Tensor]:
+    """Ellipses with a photograph or with the normals of an ellipsoid, on white, grey or black: (1, 3, size, size) each.
+
+    A VAE that is fitted on photographs alone makes little of objects on an even background.
+    """
+    photographs = [image[0].permute(1, 2, 0).numpy() for image in _photographs(short_side_px=2 * size_px)]  # (H, W, 3)
+    pictures = []
+    for index in range(count):
+        rng = np.random.default_rng(index)
+        y, x = (np.indices((size_px, size_px)) + 0.5) / size_px - 0.5  # (S, S), downwards and to the right
+        angle, half_axes = rng.uniform(0, np.pi), rng.uniform(0.12, 0.45, 2)
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        along = np.stack([x, y], axis=-1) @ turn.T / half_axes  # (S, S, 2)
+        squared = (along**2).sum(-1, keepdims=True)  # (S, S, 1)
+        if index % 2:
+            photograph = photographs[rng.integers(len(photographs))]
+            top, left = (rng.integers(side - size_px + 1) for side in photograph.shape[:2])
+            content = photograph[top : top + size_px, left : left + size_px]
+        else:
+            normals = np.concatenate([along / half_axes @ turn * (1, -1), np.sqrt((1 - squared).clip(0))], axis=-1)
+            content = normals / np.linalg.norm(normals, axis=-1, keepdims=True).clip(1e-6)  # (S, S, 3)
+        pixels = np.where(squared < 1, content, rng.choice((1, 1, 0, -1)))
+        pictures.append(torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None])
+    return pictures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
@@ -536,6 +645,9 @@ MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
     ),
     "diffnext_t2v": lambda directory, arguments: make_nova_checkpoint(
         directory, "t2v", arguments.seed, arguments.vae_fit_steps
+    ),
+    "mvdiffusion": lambda directory, arguments: make_mvdiffusion_checkpoint(
+        directory, arguments.seed, arguments.vae_fit_steps
     ),
 }
 

@@ -31,7 +31,7 @@ setup_env() (
     wanted=$(cksum pyproject.toml && ls -d */__init__.py 2>/dev/null || true)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into .venv (the first time takes some minutes)" >&2
-        .venv/bin/pip install --quiet --quiet -e '.[test,demo,tensorboard]'
+        .venv/bin/pip install --quiet --quiet -e '.[test,demo,tensorboard,render]'
         printf '%s\n' "$wanted" >"$stamp"
     fi
 )

@@ -15,10 +15,14 @@ from PIL import Image
 
 from common.doctor import Item, Result, scan
 from common.video import write_video
+from mvdiffusion.data.mvds import find_objects
+from mvdiffusion.data.poses import VIEW_LISTS, fixed_poses
 from vae.data import list_videos
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "common"))
+sys.path.insert(0, str(ROOT / "tests" / "mvdiffusion"))
+from spheres import write_object  # noqa: E402
 from test_video import CLIPS, NUM_FRAMES, encode, pan  # noqa: E402
 
 
@@ -280,11 +284,12 @@ def test_reasons_are_grouped_without_files_and_numbers():
         ),
         (
             ["videos", ".", "--data_root", "x"],
-            "doctor: --data_root is for pairs; the clips of videos are searched in PATH itself\n",
+            "doctor: --data_root is for pairs and views; the clips of videos are searched in PATH itself\n",
         ),
         (["videos", ".", "--processes", "0"], "doctor: --processes is 0, but must be at least 1\n"),
         (["videos", ".", "--min_frames", "0"], "doctor: --min_frames is 0, but must be at least 1\n"),
         (["pairs", "x.json", "--min_side_px", "64"], "doctor: --min_side_px is for videos\n"),
+        (["videos", ".", "--num_views", "2"], "doctor: --num_views is for views\n"),
         (["videos", ".", "--timeout_s", "-2"], "doctor: --timeout_s is -2, but must be above 0 and finite\n"),
     ],
 )
@@ -308,7 +313,7 @@ def test_an_unknown_kind_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         doctor.main(["audio", "."])
     assert caught.value.code == 2
-    assert "argument KIND: invalid choice: 'audio' (choose from 'pairs', 'videos')" in capsys.readouterr().err
+    assert "argument KIND: invalid choice: 'audio' (choose from 'pairs', 'videos', 'views')" in capsys.readouterr().err
 
 
 # The kinds
@@ -376,6 +381,65 @@ def test_videos(tmp_path):
     assert reasons["empty.webm"] == f"{clips}/empty.webm: the file is empty (0 bytes)"
     assert reasons["sub/cut.mp4"].startswith(f"{clips}/sub/cut.mp4: ")
     assert reasons["two\nlines.mp4"].endswith("a line break, which a list of names cannot hold; rename it")
+
+
+def test_views(tmp_path):
+    views = VIEW_LISTS[2]
+    poses, renders = fixed_poses(views, "upright"), tmp_path / "renders"
+    bad = ["big", "cut", "full", "grey", "lacks", "nothing", "pose", "world"]
+    paths = {}
+    for uid in ["good", *bad]:
+        found = write_object(renders, uid, views, poses, masks=uid == "grey", pose_files=uid in ("good", "pose"))
+        kind = {"big": "normals", "grey": "normals", "world": "normals", "lacks": "normals"}.get(uid, "rgb")
+        paths[uid] = found.image(kind, "back")
+    write_object(renders, "masked", views, poses, masks=True, tag=3)
+    Image.new("RGB", (32, 32), (127, 127, 127)).save(paths["grey"])
+    paths["cut"].write_bytes(paths["cut"].read_bytes()[:500])
+    paths["lacks"].unlink()
+    paths["pose"] = found.folder.parents[1] / "po" / "pose" / "000_back_RT.txt"
+    paths["pose"].write_text("1 0 0")
+    for uid in ("big", "full", "nothing", "world"):
+        pixels = np.array(Image.open(paths[uid]))
+        if uid == "world":
+            pixels[..., :3] = pixels[..., [0, 2, 1]]  # z up
+        elif uid == "big":
+            pixels = pixels.repeat(2, 0).repeat(2, 1)
+        else:
+            pixels[..., 3] = 255 if uid == "full" else 0
+        Image.fromarray(pixels).save(paths[uid])
+    out = tmp_path / "out"
+    command = ["views", str(renders), "--num_views", "2", "--output", str(out)]
+    assert doctor.main(command) == 1
+    assert (out / "allow-list.txt").read_text() == "good\nmasked\n"
+    report = json.loads((out / "report.json").read_text())
+    reasons = {item["name"]: item["reason"] for item in report["unusable_items"]}
+    assert list(reasons) == bad
+    expected = {
+        "big": f"{paths['big'].with_name('rgb_000_back.png')}: is 32 px wide, but of the same view are: normals 64, ",
+        "cut": f"{paths['cut']}: cannot be read as an image (",
+        "full": f"{paths['full']}: all of the image is the object, as its mask or alpha says",
+        "grey": f"{paths['grey']}: the median length of the normals is 0.01, but normals have length 1",
+        "lacks": f"{paths['lacks']}: no such file",
+        "nothing": f"{paths['nothing']}: none of the image is the object, as its mask or alpha says",
+        "pose": f"{paths['pose']}: a pose must be a 3x4 matrix, but this one is 1x3",
+        "world": f"{paths['world']}: ",
+    }
+    for uid, reason in expected.items():
+        assert reasons[uid].startswith(reason)
+    assert reasons["world"].endswith(
+        "% of the visible normals face the camera (blue above 127), but nearly all do in the view's own camera frame"
+    )
+    allowed = find_objects(renders, views=views, object_list=out / "allow-list.txt").train
+    assert [found.uid for found in allowed] == ["good", "masked"]
+    listed = ["views", str(out / "allow-list.txt"), "--data_root", str(renders), "--num_views", "2"]
+    assert doctor.main([*listed, "--output", str(tmp_path / "again")]) == 0
+
+
+def test_views_in_the_wrong_place(tmp_path, capsys):
+    assert doctor.main(["views", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith(f"doctor: {tmp_path}/none (from ")
+    assert doctor.main(["views", str(tmp_path), "--num_views", "7"]) == 2
+    assert capsys.readouterr().err.startswith("doctor: num_views is 7, which has no list of its own (only 1, 2, 3, ")
 
 
 @pytest.fixture(scope="module")

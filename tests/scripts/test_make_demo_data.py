@@ -219,3 +219,63 @@ def test_captioned_clips_are_a_source_of_the_cache(monkeypatch, tmp_path):
     (item,) = read_items(SourceConfig(source=str(tmp_path / "diffnext_t2v" / "clips.jsonl")))
     assert item.caption == "a motorcycle" and probe_video(item.file).num_frames == 60
     assert (tmp_path / "diffnext_t2v" / "prompts.txt").read_text() == "a motorcycle\n"
+
+
+# mvdiffusion ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory) -> Path:
+    pytest.importorskip("pyvista", reason="views are rendered with pyvista")
+    try:
+        return make_demo_data.make_mvdiffusion_data(tmp_path_factory.mktemp("data") / "mvdiffusion")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def test_objects_are_seen_from_six_sides(views):
+    uids = json.loads((views / "objects.json").read_text())
+    assert len(uids) == make_demo_data.NUM_OBJECTS == 32 and len({uid[4:] for uid in uids}) == 15
+    assert {uid[4:] for uid in uids[-8:]} == {uid[4:] for uid in uids[8:16]}  # what is held out occurs in the rest
+    for uid in uids:
+        colours = []
+        for view in make_demo_data.VIEWS:
+            paths = [views / uid[:2] / uid / f"{kind}_000_{view}.png" for kind in ("rgb", "normals")]
+            rgb, normals = (np.asarray(Image.open(path), dtype=np.float32) for path in paths)  # (64, 64, 4)
+            assert rgb.shape == normals.shape == (64, 64, 4)
+            alpha = rgb[..., 3]
+            assert np.array_equal(alpha, normals[..., 3])
+            assert 0.01 < (alpha > 0).mean() < 0.7 and not alpha[0].any() and not alpha[:, 0].any(), (uid, view)
+            inside = alpha == 255
+            lengths = np.linalg.norm(normals[inside][:, :3] / 127.5 - 1, axis=-1)
+            assert np.abs(lengths - 1).max() < 0.02
+            colours.append(rgb[inside][:, :3])
+        assert np.concatenate(colours).std() > 8, uid  # a texture
+
+
+def test_same_seed_gives_the_same_meshes(views, tmp_path):
+    first, again, other = (
+        make_demo_data._textured_body("tower", np.random.default_rng([seed, 15])).export(file_type="glb")
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert (views.parent / "meshes" / "015_tower.glb").read_bytes() == first
+
+
+def test_photos_show_one_object_each(tmp_path):
+    make_demo_data.make_photos(tmp_path)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["astronaut", "coin", "cup", "rocket"]
+    for path in tmp_path.iterdir():
+        image = Image.open(path)
+        alpha = np.asarray(image)[..., 3]
+        assert image.mode == "RGBA" and 40 < max(image.size) <= 256
+        assert 0.4 < (alpha > 127).mean() < 0.95 and alpha.any(0).all() and alpha.any(1).all(), path.stem
+
+
+def test_missing_renderer_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyvista", None)
+    monkeypatch.setitem(sys.modules, "pyvista.plotting", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"rendering needs pyvista(\.plotting)?: pip install -e '\.\[render\]'"
+    ):
+        make_demo_data.make_mvdiffusion_data(tmp_path)

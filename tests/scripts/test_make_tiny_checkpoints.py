@@ -7,7 +7,13 @@ import make_tiny_checkpoints
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionImageVariationPipeline,
+    StableUnCLIPImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTokenizer
@@ -147,7 +153,7 @@ def test_fitted_vae_reconstructs_photographs(checkpoint, tmp_path, capsys):
 
 
 def test_the_other_components_do_not_depend_on_the_fit(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_tiny_checkpoints, "fit_vae", lambda vae, steps, seed: 0.0)
+    monkeypatch.setattr(make_tiny_checkpoints, "fit_vae", lambda *arguments, **settings: 0.0)
     fitted, plain = (
         files_of(make_tiny_checkpoints.make_refiner_checkpoint(tmp_path, vae_fit_steps=1)),
         files_of(checkpoint),
@@ -230,3 +236,65 @@ def test_vaes_of_nova_start_as_averages_of_pixels(kind, tmp_path, monkeypatch):
         clip = vae.decode(vae.encode(frames if kind == "t2v" else frames[:, :, 0]).latent_dist.mean).sample
     centre = clip[0, ..., 32, 32].reshape(3, -1)  # (3, T)
     assert torch.allclose(centre, torch.tensor([[0.5], [0.0], [-0.5]]), atol=0.05)
+
+
+# mvdiffusion
+
+
+@pytest.fixture(scope="module")
+def variations(tmp_path_factory) -> Path:
+    return make_tiny_checkpoints.make_mvdiffusion_checkpoint(tmp_path_factory.mktemp("tiny") / "variations")
+
+
+def test_image_variation_pipeline_runs(variations):
+    pipeline = StableDiffusionImageVariationPipeline.from_pretrained(variations)
+    pipeline.set_progress_bar_config(disable=True)
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    result = pipeline(photograph, num_inference_steps=2, height=64, width=64, output_type="np").images
+    assert result.shape == (1, 64, 64, 3) and np.isfinite(result).all()
+    assert pipeline.image_encoder.config.projection_dim == pipeline.unet.config.cross_attention_dim == 32
+    assert sum(parameter.numel() for parameter in pipeline.unet.parameters()) == 392_056
+
+
+def test_ddim_reads_the_variations_schedule(variations):
+    config = DDIMScheduler.from_pretrained(variations / "scheduler").config
+    expected = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+    expected |= dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon")
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_variations_weights_follow_from_the_seed(variations, tmp_path):
+    torch.manual_seed(1234)
+    again = files_of(make_tiny_checkpoints.make_mvdiffusion_checkpoint(tmp_path / "again"))
+    other = files_of(make_tiny_checkpoints.make_mvdiffusion_checkpoint(tmp_path / "other", seed=1))
+    assert again == files_of(variations)
+    assert {name for name in again if again[name] != other[name]} == {n for n in again if n.endswith(".safetensors")}
+
+
+def test_variations_unet_keys_are_those_of_the_released_model(variations):
+    path = SHARED / "specs" / "keys" / "mvunet_wonder3d.json"
+    if not path.is_file():
+        pytest.skip(f"no key list of the released model at {path}")
+    added = re.compile(r"class_embedding|joint")  # by the multi-view model
+    released = {key for key in json.loads(path.read_text())["params"] if not added.search(key)}
+    assert keys_of(variations / "unet" / "diffusion_pytorch_model.safetensors") == released
+
+
+def test_variations_vae_is_fitted_on_objects(tmp_path, capsys):
+    pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+    make_tiny_checkpoints.main(["--output", str(tmp_path), "--only", "mvdiffusion", "--vae_fit_steps", "20"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(tmp_path / "mvdiffusion")
+    assert float(lines[-2].removeprefix("VAE after 20 steps: ").removesuffix(" dB mean PSNR on the pictures")) > 12
+
+
+def test_object_pictures_show_unit_normals_and_photographs_on_even_backgrounds():
+    pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+    pictures = make_tiny_checkpoints.object_pictures(8)
+    assert {tuple(picture.shape) for picture in pictures} == {(1, 3, 64, 64)}
+    for index, picture in enumerate(pictures):
+        assert picture.abs().max() <= 1 + 1e-6 and picture[0, :, 0, 0].unique().numel() == 1
+        inside = (picture != picture[:, :, :1, :1]).any(1)[0]  # (64, 64)
+        assert 0.04 < inside.float().mean() < 0.7
+        if index % 2 == 0:
+            assert torch.allclose(picture[0].norm(dim=0)[inside], torch.ones(()), atol=1e-5)

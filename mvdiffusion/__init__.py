@@ -1,0 +1,1 @@
+"""One image to many views, in colour and normals (Wonder3D family)."""

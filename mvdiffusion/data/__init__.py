@@ -1,0 +1,1 @@
+"""Rendered objects as training samples."""

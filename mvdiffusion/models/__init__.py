@@ -1,0 +1,1 @@
+"""The UNet, its attention, the objective and the frozen parts."""

@@ -1,0 +1,134 @@
+"""The frozen parts: VAE, CLIP image encoder with its preprocessing, and the noise schedule.
+
+They are loaded one by one, as each may come from another folder or hub id. A Stable-Diffusion image-variation
+checkpoint holds all of them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+CLIP_SIZE_PX = 224
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_vae(
+    path_or_id: str, subfolder: str | None = "vae", revision: str | None = None, cache_dir: str | None = None
+) -> AutoencoderKL:
+    """The VAE in float32, frozen, in eval mode; FileNotFoundError if it is not there."""
+    vae = _load(AutoencoderKL.from_pretrained, "VAE", path_or_id, subfolder, revision, cache_dir)
+    return vae.eval().requires_grad_(False)
+
+
+def load_image_encoder(
+    path_or_id: str, subfolder: str | None = "image_encoder", revision: str | None = None, cache_dir: str | None = None
+) -> CLIPVisionModelWithProjection:
+    """CLIP's vision tower with its projection, in float32, frozen, in eval mode; FileNotFoundError if not there."""
+    load = CLIPVisionModelWithProjection.from_pretrained
+    encoder = _load(load, "image encoder", path_or_id, subfolder, revision, cache_dir, dtype=torch.float32)
+    return encoder.eval().requires_grad_(False)
+
+
+def load_feature_extractor(
+    path_or_id: str,
+    subfolder: str | None = "feature_extractor",
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> CLIPImageProcessor:
+    """CLIP's preprocessing of PIL images; FileNotFoundError if it is not there."""
+    load = CLIPImageProcessor.from_pretrained
+    return _load(load, "feature extractor", path_or_id, subfolder, revision, cache_dir)
+
+
+def load_scheduler(
+    path_or_id: str, subfolder: str | None = "scheduler", revision: str | None = None, cache_dir: str | None = None
+) -> DDIMScheduler:
+    """A DDIM scheduler with the checkpoint's schedule, whichever scheduler that names; FileNotFoundError if not there.
+
+    Predicted clean latents are not clipped unless the checkpoint says so: DDIM's own default is made for pixels.
+    """
+    config = dict(_load(DDIMScheduler.load_config, "scheduler", path_or_id, subfolder, revision, cache_dir))
+    return DDIMScheduler.from_config({"clip_sample": False} | config)
+
+
+def _load(
+    load: Callable[..., Any],
+    what: str,
+    path_or_id: str,
+    subfolder: str | None,
+    revision: str | None,
+    cache_dir: str | None,
+    **options: Any,
+) -> Any:
+    root = Path(path_or_id)
+    folder = root / (subfolder or "")
+    if root.is_dir() and not folder.is_dir():
+        found = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
+        raise FileNotFoundError(f"the {what} is looked for in {folder}, but {root} has no {subfolder}; it has {found}")
+    if not root.is_dir() and (root.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") > 1):
+        raise FileNotFoundError(f"the folder {path_or_id}, where the {what} is looked for, does not exist")
+    hub = {} if root.is_dir() else {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder or ""}
+    try:
+        return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        where = folder if root.is_dir() else f"{path_or_id}, which is no folder and perhaps no hub id within reach,"
+        raise FileNotFoundError(f"the {what} cannot be loaded from {where} ({reason})") from error
+
+
+@torch.no_grad()
+def posterior_moments(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the scaled latents' posterior, each (R, 4, h, w) float32.
+
+    Args:
+        pixels: (R, 3, H, W) in [-1, 1].
+    """
+    posterior, scale = vae.encode(pixels.to(vae.dtype)).latent_dist, vae.config.scaling_factor
+    return posterior.mean.float() * scale, torch.exp(posterior.logvar.float() / 2) * scale
+
+
+def encode_images(vae: AutoencoderKL, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Scaled latents of images: (R, 3, H, W) in [-1, 1] -> (R, 4, h, w) float32.
+
+    Args:
+        noise: (R, 4, h, w) standard normal, with which the posterior is sampled; None takes its mode.
+    """
+    mean, std = posterior_moments(vae, pixels)
+    return mean if noise is None else mean + std * noise
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images of scaled latents: (R, 4, h, w) -> (R, 3, H, W) float32 in [0, 1]."""
+    pixels = vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)  # (R, 3, H, W)
+
+
+@torch.no_grad()
+def embed_images(image_encoder: CLIPVisionModelWithProjection, clip_pixels: Tensor) -> Tensor:
+    """Projected CLIP embeddings, not normalised: (R, 3, 224, 224) of CLIP's statistics -> (R, D) float32."""
+    return image_encoder(clip_pixels.to(image_encoder.dtype)).image_embeds.float()
+
+
+def clip_pixels(images: Tensor, size_px: int = CLIP_SIZE_PX, antialias: bool = False) -> Tensor:
+    """CLIP's input from images on any device: bicubic resize, then CLIP's statistics, in float32.
+
+    Args:
+        images: (R, 3, H, W) in [0, 1].
+        size_px: both sides of the result.
+        antialias: False is what Wonder3D trained with, True is closer to PIL's resize.
+
+    Returns:
+        (R, 3, size_px, size_px) float32; the resize's overshoots are not clamped.
+    """
+    resized = F.interpolate(
+        images.float(), (size_px, size_px), mode="bicubic", align_corners=False, antialias=antialias
+    )  # (R, 3, size_px, size_px)
+    mean, std = (resized.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (resized - mean) / std

@@ -1,0 +1,267 @@
+"""Training, from the command line to the exported pipeline; reads top to bottom."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from common import loop, runtime
+from common.config import find_file, folder_or_id
+from common.data import BAD_SAMPLE_ERRORS, SamplePlan, SampleSource, rng_for
+from common.metrics import lpips_for_all
+from common.optim import EMA, Learner, build_adamw, lr_schedule
+from common.preflight import preflight
+from common.replay import replay
+from common.video import IMAGE_SUFFIXES, contact_sheet, find_files
+from mvdiffusion import cache
+from mvdiffusion.config import PARSER, MVConfig, MVData, resolved
+from mvdiffusion.data.mvds import Layout, MultiViewDataset, Objects, RandomViews, find_objects
+from mvdiffusion.data.poses import choose_views
+from mvdiffusion.data.preparation import ClipTransform
+from mvdiffusion.media import prepare_photo, read_photo
+from mvdiffusion.models.components import load_feature_extractor, load_image_encoder, load_scheduler, load_vae
+from mvdiffusion.models.initialise import load_unet, trainable_parameters
+from mvdiffusion.pipelines import camera_table, fixed_cameras
+from mvdiffusion.task import Frozen, MVTask
+
+logger = logging.getLogger(__name__)
+
+MEMORY_KNOBS = (
+    "train_batch_size (raise gradient_accumulation_steps to match) or num_views, or use gradient_checkpointing, "
+    "mixed_precision bf16, use_8bit_adam, offload_ema, cache_latents, trainable_modules"
+)
+SHOWN_SAMPLES = 8
+UNET_FLAGS = ("cd_attention_mid", "cd_attention_last", "multiview_attention", "sparse_mv_attention")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains as the command line says; see `--help`."""
+    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
+    config = resolved(config)
+    with runtime.clear_errors():
+        if config.run.preflight:
+            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
+        train(config, warnings)
+
+
+def draw_samples(config: MVConfig) -> np.ndarray:
+    """A contact sheet of the first samples that training will see."""
+    dataset, rows = training_data(config, ClipTransform(), listed_objects(config.data)), []
+    for number in range(min(len(dataset), SHOWN_SAMPLES)):
+        sample = dataset.sample(number, rng_for(config.run.seed, "augmentation", number))
+        views = [sample["image_cond"], *sample["image_target"], *sample["normal_target"]]  # (3, R, R) each
+        rows.append([view.transpose(1, 2, 0) for view in views])
+    names = view_names(config.data)
+    return contact_sheet(rows, ["condition", *names, *(f"{name} normals" for name in names)])
+
+
+def view_names(data: MVData) -> tuple[str, ...]:
+    """The views of an object in the order of its rows; ValueError for a list that cannot be."""
+    return choose_views(data.num_views, data.views or None, data.poses)
+
+
+def listed_objects(data: MVData) -> Objects:
+    """The objects of the configuration's folder, those held out apart; none with `debug`."""
+    if data.debug:
+        return Objects((), ())
+    return find_objects(
+        find_file(str(data.train_data_dir), "train_data_dir"),
+        Layout(data.subscene_tag, data.suffix),
+        views=view_names(data),
+        rendered_poses=data.poses == "rendered",
+        object_list=data.object_list and find_file(data.object_list, "object_list"),
+        invalid_list=data.invalid_list and find_file(data.invalid_list, "invalid_list"),
+        num_validation_samples=data.num_validation_samples,
+        num_samples=data.max_train_samples,
+    )
+
+
+def training_data(config: MVConfig, clip: ClipTransform, objects: Objects) -> MultiViewDataset | RandomViews:
+    """The training objects of a configuration."""
+    data = config.data
+    if data.debug:
+        return RandomViews(data.num_views, data.resolution, clip=clip)
+    return MultiViewDataset(
+        objects.train,
+        views=view_names(data),
+        resolution_px=data.resolution,
+        poses=data.poses,
+        background=data.background,
+        augment_data=data.augment_data,
+        random_flip=data.random_flip,
+        clip=clip,
+    )
+
+
+def load_frozen(config: MVConfig) -> Frozen:
+    """The frozen parts, each from its own path or from the common one, in float32 on the CPU."""
+    model = config.model
+
+    def load(name: str, function: Callable[..., Any]) -> Any:
+        path = getattr(model, f"pretrained_path_{name}") or model.pretrained_model_name_or_path
+        return function(folder_or_id(str(path)), name, model.revision, model.cache_dir)
+
+    return Frozen(
+        vae=load("vae", load_vae),
+        image_encoder=load("image_encoder", load_image_encoder),
+        feature_extractor=load("feature_extractor", load_feature_extractor),
+        scheduler=load("scheduler", load_scheduler),
+    )
+
+
+def read_photographs(config: MVConfig) -> dict[str, Image.Image]:
+    """The photographs of `validation_dir`, prepared; one that cannot be read is left out with a warning."""
+    photographs: dict[str, Image.Image] = {}
+    if not config.validation.validation_dir:
+        return photographs
+    for path in find_files(find_file(config.validation.validation_dir, "validation_dir"), IMAGE_SUFFIXES):
+        try:
+            photo = prepare_photo(read_photo(path), config.data.resolution, config.validation.crop_size, "white")
+            photographs[path.stem] = photo
+        except BAD_SAMPLE_ERRORS as error:
+            logger.warning("%s is not sampled in validation: %s", path, error)
+    return photographs
+
+
+def view_cameras(config: MVConfig, training_set: MultiViewDataset | RandomViews) -> list[Any]:
+    """Cameras of the views of photographs, which the exported pipeline keeps too."""
+    views, poses = view_names(config.data), config.data.poses
+    if poses != "rendered" or isinstance(training_set, RandomViews):
+        return fixed_cameras(views, "upright" if poses == "rendered" else poses)
+    return camera_table(views, training_set.poses_of(0), views.index("front"))
+
+
+def unet_settings(config: MVConfig) -> dict[str, Any]:
+    """Settings of the UNet that replace those of the weights' own: of the JSON file, then of the flags."""
+    settings: dict[str, Any] = {"cd_attention_mid": True}
+    if config.model.pretrained_config_path_unet:
+        path = find_file(config.model.pretrained_config_path_unet, "pretrained_config_path_unet")
+        try:
+            settings |= json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    if config.loss.pred_type == "mix":
+        settings |= {"cd_attention_mid": False, "cd_attention_last": False}
+    settings |= {name: getattr(config.model, name) for name in UNET_FLAGS if getattr(config.model, name) is not None}
+    if config.loss.pred_type == "mix" and (settings["cd_attention_mid"] or settings["cd_attention_last"]):
+        raise ValueError(
+            "pred_type mix trains one domain at a time, and cross-domain layers need both: leave cd_attention_mid and "
+            "cd_attention_last out, or set pred_type to joint"
+        )
+    return settings
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], camera_embedding_lr_mult: float) -> list[dict[str, Any]]:
+    """The class embedding, which starts at random, may learn faster than the rest."""
+    camera = [p for name, p in parameters.items() if "class_embedding" in name]
+    others = [p for name, p in parameters.items() if "class_embedding" not in name]
+    groups = [{"params": others}, {"params": camera, "lr_scale": camera_embedding_lr_mult}]
+    return [group for group in groups if group["params"]]
+
+
+def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
+    """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
+    config = loop.aside_if_replaying(config)
+    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
+    stop = runtime.stop_signal(accelerator, config.run)
+    for warning in warnings if accelerator.is_main_process else ():
+        logger.warning("%s", warning)
+    output_dir, device = Path(config.run.output_dir), accelerator.device
+
+    # Data: who is held out, and in what order the rest is seen.
+    load = partial(load_frozen, config)
+    frozen = load()
+    clip = ClipTransform.of(frozen.feature_extractor)
+    objects = listed_objects(config.data)
+    training_set = training_data(config, clip, objects)
+    held_out = None
+    if objects.validation and isinstance(training_set, MultiViewDataset):
+        held_out = training_set.held_out(objects.validation)
+    global_batch = loop.batch_of(accelerator, config)
+    loop.require_enough_items(len(training_set), config.data.batch_size, accelerator.num_processes)
+    plan = SamplePlan(len(training_set), config.run.seed, global_batch)
+
+    # The run folder, and where it was left off.
+    runtime.require_shared_folder(accelerator, output_dir)
+    fingerprint = training_set.fingerprint()
+    resume_point = loop.find_resume_point(accelerator, config, output_dir, fingerprint)
+
+    # Frozen parts in the run's precision; of the UNet, what the stage trains.
+    for module in (frozen.vae, frozen.image_encoder):
+        module.to(device, runtime.weight_dtype(accelerator))
+    runtime.seed_model_randomness(config.run.seed, 0)
+    bare_unet, report = load_unet(
+        folder_or_id(str(config.model.pretrained_unet_path or config.model.pretrained_model_name_or_path)),
+        unet_config=unet_settings(config) | {"sample_size": frozen.latent_shape(config.data.resolution)[-1]},
+        num_views=config.data.num_views,
+        conv_in_init="copy_zero" if config.model.zero_init_conv_in else "random",
+        zero_init_joint_bias=bool(config.model.zero_init_joint_bias),
+        revision=config.model.revision,
+        cache_dir=config.model.cache_dir,
+    )
+    bare_unet.train()
+    trained = trainable_parameters(bare_unet, config.model.trainable_modules or None)
+    if config.model.gradient_checkpointing:
+        bare_unet.enable_gradient_checkpointing()
+    num_views, num_domains = config.data.num_views, 2 if config.loss.pred_type == "joint" else 1
+    rows = num_views * num_domains * config.data.batch_size
+    logger.info("UNet: %s", report)
+    logger.info(
+        "real batch per process and micro-batch: num_views %d x %d domains x train_batch_size %d = %d rows",
+        *(num_views, num_domains, config.data.batch_size, rows),
+    )
+
+    source: SampleSource = training_set
+    if config.data.cache_latents and isinstance(training_set, MultiViewDataset):
+        source = cache.build(training_set, frozen, config.data.cache_latents, accelerator, stop)
+
+    # Optimizer, learning rate, moving average.
+    groups = parameter_groups(trained, float(config.optim.camera_embedding_lr_mult or 1))
+    optimizer = build_adamw(groups, config.optim, device)
+    unet, optimizer = accelerator.prepare(bare_unet, optimizer)
+    total_steps = loop.total_steps(config.run, len(training_set), global_batch)
+    learning_rate = lr_schedule(config.optim, total_steps, global_batch)
+    ema = EMA(bare_unet, config.optim.ema_decay, config.optim.offload_ema) if config.optim.use_ema else None
+    learners = {"model": Learner(unet, optimizer, learning_rate, config.optim.max_grad_norm, ema)}
+
+    # Resume, say what is about to happen, train.
+    run = loop.open_run(
+        accelerator,
+        config,
+        stop,
+        models={"unet": bare_unet},
+        learners=learners,
+        num_items=len(training_set),
+        fingerprint=fingerprint,
+        resume_point=resume_point,
+        tracker_arguments={"wandb": {k: v for k, v in (config.log.wandb_args or {}).items() if v is not None}},
+        memory_knobs=MEMORY_KNOBS,
+    )
+    task = MVTask(
+        config,
+        accelerator,
+        frozen,
+        unet,
+        bare_unet,
+        view_cameras(config, training_set),
+        held_out,
+        read_photographs(config),
+        run.log,
+        stop,
+        reload_frozen=load,
+        lpips=lpips_for_all("alex", config.validation.lpips_weights, accelerator),
+    )
+    loader = loop.open_loader(run, source, plan)
+    if config.run.replay:
+        replay(run, task, loader, Path(config.run.replay))
+    else:
+        loop.fit(run, task, loader, learners)
+    run.end()

@@ -1,0 +1,226 @@
+"""Training as users start it: the documented commands, stages, resume, exports, and what bad input is told."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from mvdiffusion.train import main
+
+FOLDER = Path(__file__).parents[2] / "mvdiffusion"
+BIN = Path(sys.executable).parent
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+RESULTS = "step kind loss mse_normal mse_colour grad_norm lr epoch psnr ssim normals_deg"
+SMALL = (
+    "--pretrained_config_path_unet null --num_views 2 --resolution 64 --num_validation_samples 2 --report_to none "
+    "--dataloader_num_workers 0 --max_validation_items 1 --num_inference_steps 2 --validation_guidance_scale 2 "
+    "--mixed_precision no --gradient_checkpointing no --lr_warmup_steps 0 --use_ema no --allow_tf32 no"
+)
+
+
+def launch(launcher: str, *words: object) -> str:
+    """The documented script from its folder; returns what it printed."""
+    command = [*shlex.split(launcher), "train_image_variation.py", *SMALL.split(), *map(str, words)]
+    command[0] = str(BIN / command[0])
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def train(*words: object) -> None:
+    """One training run in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    main([*SMALL.split(), *map(str, words)])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What a run that cannot start prints; it must be one message and no traceback."""
+    with pytest.raises(SystemExit) as exit:
+        train(*words)
+    assert exit.value.code in (1, 2)
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    """metrics.jsonl without the clock's readings."""
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k in RESULTS.split()} for record in records]
+
+
+def assert_close(ours: Path, reference: Path, tolerance: float) -> None:
+    """Two runs reported the same."""
+    for one, other in zip(metrics(ours), metrics(reference), strict=True):
+        assert one.keys() == other.keys() and one["kind"] == other["kind"]
+        for name in other.keys() - {"kind"}:
+            assert one[name] == pytest.approx(other[name], rel=tolerance), name
+
+
+def assert_same_checkpoint(ours: Path, theirs: Path, names: tuple[str, ...]) -> None:
+    """Models and optimizer are equal bit for bit."""
+    for name in names:
+        found, expected = (load_file(folder / name / WEIGHTS) for folder in (ours, theirs))
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+    found, expected = (torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in (ours, theirs))
+    for index, state in expected.items():
+        assert all(torch.equal(found[index][key], value) for key, value in state.items())
+
+
+@pytest.fixture
+def flags(checkpoint: Path, renders: Path, clean_process: None) -> list[str]:
+    """A small run that is not validated at the start."""
+    words = f"--pretrained_model_name_or_path {checkpoint} --train_data_dir {renders} --train_batch_size 2"
+    return [*words.split(), *"--gradient_accumulation_steps 1 --max_train_steps 4 --validate_at_start no".split()]
+
+
+# The documented commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, renders: Path) -> Path:
+    """The run folder of the documented single-GPU command."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    words = f"--pretrained_model_name_or_path {checkpoint} --train_data_dir {renders} --output_dir {folder}"
+    more = "--train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 2 --checkpointing_steps 1"
+    output = launch("python", *words.split(), *more.split())
+    assert "num_views 2 x 2 domains x train_batch_size 2 = 8 rows" in output
+    assert "conv_in.weight widened" in output and "6 items" in output
+    return folder
+
+
+def test_the_documented_single_gpu_command(single: Path) -> None:
+    records = metrics(single)
+    kinds = [(record["step"], record["kind"]) for record in records]
+    assert kinds == [(0, "validation"), (1, "train"), (2, "train"), (2, "validation")]
+    assert {"psnr", "ssim", "normals_deg"} < set(records[0]) and {"mse_normal", "mse_colour"} < set(records[1])
+    assert {path.name for path in (single / "validation" / "step-000002").iterdir()} == {"000-cfg2.png", "sheet.png"}
+    expected = {"manifest.json", "optimizer.bin", "random_states_0.pkl", "trainer_state.json", "unet"}
+    assert {path.name for path in (single / "checkpoint-2").iterdir()} == expected
+
+
+def test_the_documented_parallel_command_matches_one_process(
+    single: Path, tmp_path: Path, checkpoint: Path, renders: Path
+) -> None:
+    words = f"--pretrained_model_name_or_path {checkpoint} --train_data_dir {renders} --output_dir {tmp_path / 'run'}"
+    more = "--train_batch_size 2 --gradient_accumulation_steps 1 --max_train_steps 2 --checkpointing_steps 1"
+    config = FOLDER.parent / "accelerate_configs" / "cpu_2_processes.yaml"
+    launch(f"accelerate launch --config_file {config}", *words.split(), *more.split())
+    assert_close(tmp_path / "run", single, 1e-4)
+    assert (tmp_path / "run" / "checkpoint-2" / "random_states_1.pkl").exists()  # every process saves
+
+
+def test_the_export_reloads_as_a_pipeline(single: Path) -> None:
+    trained = load_file(single / "checkpoint-2" / "unet" / WEIGHTS)
+    pipeline = DiffusionPipeline.from_pretrained(single / "export")
+    assert type(pipeline).__name__ == "MVDiffusionImagePipeline" and pipeline.views == ["front", "back"]
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in pipeline.unet.state_dict().items())
+    assert pipeline.unet.config.sample_size == 8 and pipeline.unet.config.num_views == 2
+
+
+# Going on -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_resume_is_bit_exact(flags: list[str], tmp_path: Path, precision: str) -> None:
+    more = "--use_ema yes --checkpointing_steps 2 --random_flip yes --noise_offset 0.1 --gradient_checkpointing yes"
+    flags += [*more.split(), "--mixed_precision", precision]
+    train(*flags, "--output_dir", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "export")
+    (tmp_path / "cut" / "checkpoint-4" / "unet" / WEIGHTS).write_bytes(b"cut short")
+    train(*flags, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    ours, theirs = (tmp_path / name / "checkpoint-4" for name in ("cut", "whole"))
+    assert_same_checkpoint(ours, theirs, ("unet", "unet_ema"))
+    exported, averaged = load_file(tmp_path / "whole/export/unet" / WEIGHTS), load_file(theirs / "unet_ema" / WEIGHTS)
+    assert all(torch.equal(exported[key], averaged[key]) for key in averaged)
+
+
+def test_accumulation_changes_nothing(flags: list[str], tmp_path: Path) -> None:
+    train(*flags, "--output_dir", tmp_path / "whole")
+    flags += ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    train(*flags, "--output_dir", tmp_path / "halves")
+    assert_close(tmp_path / "halves", tmp_path / "whole", 2e-4)
+
+
+def test_two_stages(flags: list[str], tmp_path: Path) -> None:
+    one = ["--pred_type", "mix", "--max_train_steps", "2", "--output_dir", tmp_path / "one"]
+    train(*flags, *one)
+    first = load_file(tmp_path / "one/export/unet" / WEIGHTS)
+    assert not any("joint" in key for key in first)
+    two = ["--pretrained_unet_path", tmp_path / "one/export", "--trainable_modules", "joint_mid"]
+    train(*flags, *two, "--max_train_steps", "2", "--output_dir", tmp_path / "two")
+    second = load_file(tmp_path / "two/export/unet" / WEIGHTS)
+    joint = {key for key in second if "joint_mid" in key}
+    assert joint and second.keys() - joint == first.keys()
+    assert all(torch.equal(second[key], first[key]) for key in first)
+    assert any(second[key].abs().max() > 0 for key in joint if "to_out.0.weight" in key)
+
+
+@pytest.mark.parametrize("stage", ["joint", "mix"])
+def test_the_cache_gives_the_loss_of_raw_images(flags: list[str], tmp_path: Path, stage: str) -> None:
+    flags += ["--pred_type", stage, "--random_flip", "yes", "--max_train_steps", "2"]
+    train(*flags, "--output_dir", tmp_path / "raw")
+    cached = ["--cache_latents", tmp_path / "cache"]
+    train(*flags, *cached, "--output_dir", tmp_path / "cached")
+    assert_close(tmp_path / "cached", tmp_path / "raw", 1e-4)
+    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(entries) == 6 * 3 * 2  # objects, backgrounds, mirrored or not
+    train(*flags, *cached, "--output_dir", tmp_path / "again")
+    assert entries == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "cached")
+
+
+def test_the_original_values_run_on_random_numbers(checkpoint: Path, tmp_path: Path, clean_process: None) -> None:
+    folders = [f"--pretrained_path_{part} {checkpoint}" for part in ("vae", "image_encoder", "scheduler")]
+    folders += [f"--pretrained_path_feature_extractor {checkpoint} --pretrained_weight_path_unet {checkpoint}"]
+    words = f"--config_path configs/training_config/gnn3d.yaml {' '.join(folders)} --max_train_steps 1".split()
+    train(*words, "--output_dir", tmp_path / "run", "--validation_dir", photographs(tmp_path))
+    assert [record["kind"] for record in metrics(tmp_path / "run")] == ["train"]  # pictures, but nothing to measure
+    assert (tmp_path / "run/validation/step-000001/cup-cfg2.png").exists()
+
+
+def photographs(folder: Path) -> Path:
+    from PIL import Image
+
+    photo = Image.new("RGBA", (40, 30), (0, 0, 0, 0))
+    photo.paste((200, 80, 40, 255), (10, 5, 30, 25))
+    (folder / "photos").mkdir()
+    photo.save(folder / "photos" / "cup.png")
+    (folder / "photos" / "broken.png").write_bytes(b"no picture")
+    return folder / "photos"
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_told_what_to_change(
+    flags: list[str], tmp_path: Path, checkpoint: Path, renders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags += ["--output_dir", str(tmp_path / "run")]
+    message = refused(capsys, "--output_dir", tmp_path / "run")
+    assert "train_data_dir is required" in message and "pretrained_model_name_or_path is required" in message
+    assert "num_views is 7" in refused(capsys, *flags, "--num_views", "7")
+    message = refused(capsys, *flags, "--train_data_dir", tmp_path / "nowhere")
+    assert "nowhere was not found" in message and "train_data_dir" in message
+    assert "leaves none to train on" in refused(capsys, *flags, "--num_validation_samples", "8")
+    message = refused(capsys, *flags, "--pred_type", "mix", "--cd_attention_mid", "yes")
+    assert "cross-domain layers need both" in message
+    assert "32 is below the least value 64" in refused(capsys, *flags, "--resolution", "32")
+    assert "no module that is trained has a name that ends" in refused(capsys, *flags, "--trainable_modules", "joint_first")
+    assert "background" in refused(capsys, *flags, "--bg_color", "purple")
+    message = refused(capsys, *flags, "--bg_color", "random", "--cache_latents", tmp_path / "cache")
+    assert "cannot be listed" in message
+    assert "condition_drop_rate 0.5 is above 1/3" in refused(capsys, *flags, "--condition_drop_rate", "0.5")
+    assert "no vae" in refused(capsys, *flags, "--pretrained_path_vae", checkpoint / "unet")
+    assert not (tmp_path / "run" / "export").exists()
