@@ -8,9 +8,6 @@ are random: they do not matter for the time.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,16 +15,16 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from turns import RowCounter, compare
 
 from common.runtime import quiet_libraries
 from gaussian_refiner.config import RefinerConfig
 from gaussian_refiner.data import normalise
 from gaussian_refiner.models.components import Components
 from gaussian_refiner.models.self_mutual_attention import CondCache, install_self_mutual_attention
-from gaussian_refiner.repair import Frame, encode_frames, repair_frames
-from gaussian_refiner.task import RefinerTask, Sampling, encode_batch
+from gaussian_refiner.repair import Frame, Sampling, encode_frames, repair_frames
+from gaussian_refiner.task import RefinerTask, encode_batch
 
 # By how much all widths of the released networks are divided, and the height of the images. With half the height and a
 # quarter of the width, convolutions and attention share the work as in the released networks at 512 px.
@@ -83,66 +80,6 @@ def build_components(divisor: int, height_px: int, device: torch.device, dtype: 
     )
 
 
-class RowCounter:
-    """Counts the rows that a UNet is called with."""
-
-    def __init__(self, unet: torch.nn.Module):
-        self.rows = 0
-        unet.register_forward_pre_hook(self._count)
-
-    def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.rows += inputs[0].shape[0]
-
-    def take(self) -> int:
-        """The rows since the last call."""
-        rows, self.rows = self.rows, 0
-        return rows
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Processor time of one call on a CPU, else its duration with what it left for the device to do."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    start = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
-
-
-def compare(
-    title: str,
-    baseline: Callable[[], Any],
-    cached: Callable[[], Any],
-    counter: RowCounter,
-    repeats: int,
-    device: torch.device,
-) -> None:
-    """Prints median and range of the ratios baseline / cached; who begins alternates.
-
-    One warm-up each is not timed: it counts floating-point operations of products and convolutions, and UNet rows.
-    """
-    rows, flops = [], []
-    for work in (baseline, cached):
-        counter.take()
-        with FlopCounterMode(display=False) as flop_counter:
-            work()
-        rows.append(counter.take())
-        flops.append(flop_counter.get_total_flops())
-    pairs = []
-    for turn in range(repeats):
-        order = (baseline, cached) if turn % 2 == 0 else (cached, baseline)
-        times = {work: seconds(work, device) for work in order}
-        pairs.append((times[baseline], times[cached]))
-    ratios = [slow / fast for slow, fast in pairs]
-    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(
-        f"{title}: x{statistics.median(ratios):.2f} (x{min(ratios):.2f} to x{max(ratios):.2f} in {repeats} turns; "
-        f"medians {slow:.2f} s and {fast:.2f} s; operations {flops[0] / 1e9:.3g} G and {flops[1] / 1e9:.3g} G, "
-        f"x{flops[0] / flops[1]:.2f}; UNet rows {rows[0]} and {rows[1]})",
-        flush=True,
-    )
-
-
 def random_image(height_px: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height_px, height_px, 3), dtype=np.uint8)  # (H, H, 3)
 
@@ -180,7 +117,7 @@ def compare_training(
     unet = components.unet.train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
     text = torch.randn(1, TOKENS, unet.config.cross_attention_dim, device=device)  # (1, tokens, C)
-    nothing: dict[str, Any] = {"held_out": None, "log": None, "reload_components": None, "lpips": None}
+    nothing: dict[str, Any] = dict.fromkeys(("held_out", "log", "stop", "reload_components", "lpips"))
     processes = SimpleNamespace(device=device)
     task = RefinerTask(RefinerConfig(), processes, components, unet, cond_cache, text, text.repeat(2, 1, 1), **nothing)
     images = {name: random_image(height_px, seed) for seed, name in enumerate(("render", "gt", "prompt_img"))}

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,40 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     if not weights:
         raise CheckpointError(f"{directory} holds no safetensors weights")
     return weights
+
+
+class TrainedWeights(nn.Module):
+    """Of a network that is mostly frozen what is trained, under the same names: all that a checkpoint of it must hold.
+
+    It takes the network's place in `Checkpoints` and `EMA`, and nowhere else. Not for sharded networks.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.__dict__["network"] = network  # no submodule, which would prefix the names
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained ones."""
+        return ((n, p) for n, p in self.network.named_parameters(*args, **kwargs) if p.requires_grad)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Those of the network."""
+        return self.network.named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        """CheckpointError if the names are not those of the trained parameters."""
+        own = self.state_dict()
+        if differing := sorted(own.keys() ^ state_dict.keys()):
+            raise CheckpointError(
+                f"the checkpoint holds other trained weights than this run has: {len(differing)} names differ, the "
+                f"first is {differing[0]}. Set back what decides on them"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
 
 
 def save_average(ema: EMA, directory: Path, is_main: bool = True) -> None:

@@ -530,9 +530,8 @@ class Parser:
         """The `--help` text, generated from the fields: full name, spellings, type, default, meaning."""
         lines = [f"usage: {self.program} [--config FILE.yaml] [section.field=value ...] [--flag value ...]", ""]
         lines += [self.description.strip(), ""] if self.description else []
-        lines += [
-            f"  {' '.join(f'--{name}' for name in self.yaml_flags)} FILE        YAML file; later layers win: defaults < YAML < section.field=value < --flags"
-        ]
+        flag = " ".join(f"--{name}" for name in self.yaml_flags)
+        lines += [f"  {flag} FILE        YAML file; later layers win: defaults < YAML < section.field=value < --flags"]
         lines += ["  --print_config       print the resolved configuration and stop"]
         lines += ["  --help               this text"]
         section = ""

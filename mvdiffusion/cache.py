@@ -45,7 +45,10 @@ class CachedObjects:
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """What `encode_batch` makes of a sample, and its camera embeddings."""
         variant = self.dataset.variant(rng)
-        entry = self.cache.load(_key(self.dataset, index, variant))
+        key = _key(self.dataset, index, variant)
+        if key not in self.cache:
+            self.dataset.item(index, variant)  # raises what kept it from being encoded
+        entry = self.cache.load(key)
         return {**{name: tensor.numpy() for name, tensor in entry.items()}, **self.dataset.camera(index, variant)}
 
 

@@ -113,7 +113,6 @@ class MVModel:
     )
     pretrained_config_path_unet: str | None = option(None, "JSON file with the UNet's settings, e.g. unet_config.json")
     revision: str | None = option(None, "revision of hub ids")
-    variant: str | None = option(None, "weight variant of all components, e.g. fp16")
     cache_dir: str | None = option(None, "folder of hub downloads")
     cd_attention_mid: bool | None = option(
         None, "cross-domain layers after self-attention; null is true when domains are trained jointly", state=True
@@ -122,11 +121,13 @@ class MVModel:
     multiview_attention: bool | None = option(None, "self-attention over all views; null is true", state=True)
     sparse_mv_attention: bool | None = option(None, "only over the first view and the own; null is false", state=True)
     zero_init_conv_in: bool | None = option(
-        None, f"start from 2-D weights with an input layer that overlooks the condition, not at random; {_BY_PROFILE}"
+        None,
+        "from 2-D weights, begin with an input layer that overlooks the condition; false draws it at random, and with "
+        f"preset gnn3d all of that layer; {_BY_PROFILE}",
     )
     zero_init_joint_bias: bool | None = option(None, f"cross-domain layers start without any effect; {_BY_PROFILE}")
-    trainable_modules: tuple[str, ...] = option(
-        (), "train only modules whose names end so, e.g. joint_mid in stage 2; none trains all", state=True
+    trainable_modules: tuple[str, ...] | None = option(
+        None, "train only modules whose names end so, e.g. joint_mid in stage 2; null trains all", state=True
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
 
@@ -271,6 +272,7 @@ IGNORED = {
     f"{_UNET}.sample_size": _SIZE,
     f"{_UNET}.zero_init_camera_projection": "it had no effect in the parent either: it would drown pose and domain",
     f"{_UNET}.mvcd_attention": "it had no effect in the parent either",
+    **{f"{_UNET}.{name}_channels": "pretrained_config_path_unet or the weights set it" for name in ("in", "out")},
     "train_dataset.img_wh": _SIZE,
     "train_dataset.groups_num": "it had no effect in the parent either",
     "train_dataset.validation": "the split is made by num_validation_samples",
@@ -285,6 +287,7 @@ IGNORED = {
     "last_global_step": "a checkpoint knows its step",
     "vis_dir": "pictures go to output_dir/validation",
     "non_ema_revision": "`revision` holds for all components",
+    "variant": "weights are read in full precision",
     "local_rank": "the launcher sets it in the environment",
     "push_to_hub": "upload the folder `export` with `hf upload` when you are content with it",
     "hub_token": "nothing is uploaded",
@@ -309,8 +312,12 @@ def check(config: MVConfig) -> list[str]:
             "pretrained_model_name_or_path is required (the folder or hub id of sd-image-variations-diffusers), or "
             f"paths of single components; without any are: {', '.join(missing)}"
         )
-    rate = config.loss.condition_drop_rate
-    if rate is not None and 3 * rate > 1 and config.loss.drop_type != "row_both" and config.run.preset != "gnn3d":
+    crop_size = config.validation.crop_size
+    if crop_size and crop_size > data.resolution:
+        problems.append(f"crop_size {crop_size} is above the resolution, {data.resolution}: the object would not fit")
+    loss = resolved(config).loss
+    rate = loss.condition_drop_rate
+    if 3 * rate > 1 and loss.drop_type != "row_both":
         problems.append(
             f"condition_drop_rate {rate} is above 1/3: the three ways to drop would not fit into one; the parent's "
             "value is 0.05"

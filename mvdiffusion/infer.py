@@ -1,8 +1,8 @@
 """Makes views of objects from photographs; `--help` lists all settings.
 
     python -m mvdiffusion.infer --model run/export --input photos --output_dir views
-    accelerate launch -m mvdiffusion.infer --model wonder3d-v1.0 --unet run/checkpoint-5000 --input photos \\
-        --output_dir views
+    accelerate launch -m mvdiffusion.infer --model wonder3d-v1.0 --unet run/checkpoint-5000 --poses upright \\
+        --input photos --output_dir views
 
 Photographs should be cut out (PNG or WebP with transparency). For photos/owl.png the folder views/owl then holds, for
 each view, `normals_000_front.png` and `rgb_000_front.png`; besides `input.png`, `sheet.png` and `turntable.mp4`. Where
@@ -33,9 +33,16 @@ from common.config import Parser, RunConfig, find_file, folder_or_id, option
 from common.data import BAD_SAMPLE_ERRORS, rng_for
 from common.runtime import Processes
 from common.video import IMAGE_SUFFIXES, save_image, to_uint8, write_video
-from mvdiffusion.data.poses import choose_views
+from mvdiffusion.data.poses import FIXED_VIEWS, choose_views
 from mvdiffusion.media import object_mask, prepare_photo, read_photo, turntable, view_sheet
-from mvdiffusion.pipelines.mvdiffusion_image import MVDiffusionImagePipeline, fixed_cameras, load_pipeline
+from mvdiffusion.models.initialise import read_json
+from mvdiffusion.pipelines.mvdiffusion_image import (
+    MVDiffusionImagePipeline,
+    ddim_schedule,
+    fixed_cameras,
+    load_pipeline,
+    released_cameras,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +190,7 @@ def missing(jobs: Sequence[Job], config: InferConfig) -> list[Job]:
         if config.data.overwrite or not path.is_file():
             todo.append(job)
             continue
-        made = json.loads(path.read_text("utf-8"))
+        made = read_json(path)
         differing = [name for name, value in recipe(job, config).items() if made.get(name) != value]
         if differing:
             raise ValueError(
@@ -206,20 +213,37 @@ def load_model(config: InferConfig, processes: Processes, dtype: torch.dtype) ->
         cache_dir=model.cache_dir,
     )
     if model.poses or model.views:
-        poses = model.poses or "tilted"
+        poses = model.poses or _poses_of(pipeline)
         views = choose_views(pipeline.config.num_views, model.views or pipeline.views, poses)
         pipeline.register_to_config(cameras=fixed_cameras(views, poses))
+    elif model.unet and pipeline.config.cameras == released_cameras(pipeline.views):
+        logger.warning(
+            "%s is taken to be trained with tilted poses, as released weights are: if it is not, give --poses upright, "
+            "or as --model the run's export, which says it",
+            model.unet,
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(processes.device, dtype)
 
 
+def _poses_of(pipeline: MVDiffusionImagePipeline) -> str:
+    upright = set(pipeline.views) <= set(FIXED_VIEWS) and fixed_cameras(pipeline.views, "upright")
+    return "upright" if pipeline.config.cameras == upright else "tilted"
+
+
 def resolution_of(config: InferConfig, pipeline: MVDiffusionImagePipeline) -> int:
-    """Sides of the views in pixels; ValueError for one that does not divide into latents."""
-    factor = pipeline.vae_scale_factor
-    size_px = config.sampling.resolution or pipeline.unet.config.sample_size * factor
+    """Sides of the views in pixels."""
+    return config.sampling.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def require_possible(config: InferConfig, pipeline: MVDiffusionImagePipeline) -> None:
+    """ValueError for sizes or steps that no photograph could be made with."""
+    size_px, factor, crop_size = resolution_of(config, pipeline), pipeline.vae_scale_factor, config.data.crop_size
     if size_px % factor:
         raise ValueError(f"resolution {size_px} must be a multiple of {factor}, the VAE's pixels per latent")
-    return size_px
+    if crop_size and crop_size > size_px:
+        raise ValueError(f"crop_size {crop_size} is above the resolution, {size_px}: the object would not fit")
+    ddim_schedule(pipeline.scheduler, config.sampling.num_inference_steps)
 
 
 def make_batch(jobs: Sequence[Job], pipeline: MVDiffusionImagePipeline, config: InferConfig) -> None:
@@ -303,7 +327,7 @@ def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict
     failures: dict[Job, str] = {}
     if share:
         pipeline = load_model(config, processes, dtype)
-        resolution_of(config, pipeline)
+        require_possible(config, pipeline)
         batch_size = config.run.batch_size
         with tqdm(total=len(share), unit="object", disable=not processes.is_main_process) as bar:
             for batch in (share[start : start + batch_size] for start in range(0, len(share), batch_size)):

@@ -3,6 +3,7 @@
 The formulas are in `models.objective` and `pipelines`; here they meet the data and the run.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from common.data import collate, draw_integers, draw_normal, draw_uniform
+from common.data import BAD_SAMPLE_ERRORS, collate, draw_integers, draw_normal, draw_uniform
 from common.log import RunLog
 from common.loop import StepOutput
 from common.metrics import Lpips, psnr, ssim
@@ -28,9 +29,11 @@ from mvdiffusion.models.components import embed_images, posterior_moments
 from mvdiffusion.models.layout import DOMAINS
 from mvdiffusion.models.objective import MVDraws, MVInputs, ObjectiveSettings, draw_shapes, mv_loss, pick_domain
 from mvdiffusion.models.unet_mv2d import UNetMV2DConditionModel
-from mvdiffusion.pipelines import MVDiffusionImagePipeline, ViewCondition, sample_views
+from mvdiffusion.pipelines import MVDiffusionImagePipeline, ViewCondition, ddim_schedule, sample_views
 
-SHEET_OBJECTS, SHEET_CELL_PX = 4, 4096
+logger = logging.getLogger(__name__)
+
+SHEET_PICTURES, SHEET_CELL_PX = 4, 4096
 # What `encode_batch` makes of a batch: posterior moments of the views, in order of `DOMAINS`, and of the condition.
 ENCODED = ("target_mean", "target_std", "condition_mean", "condition_std", "image_embeds")
 
@@ -175,6 +178,8 @@ class MVTask:
         self.photographs, self.log, self.stop = dict(photographs), log, stop
         self.reload_frozen, self.lpips = reload_frozen, lpips
         self.settings = objective_settings(config.loss, frozen.scheduler.config.prediction_type)
+        frozen.scheduler.register_to_config(prediction_type=self.settings.prediction_type)  # for sampling
+        ddim_schedule(frozen.scheduler, config.validation.num_inference_steps)  # refuses a number that cannot be
         self.alphas_cumprod = frozen.scheduler.alphas_cumprod.to(processes.device, torch.float32)
         self.latent_shape = frozen.latent_shape(config.data.resolution)
 
@@ -202,31 +207,35 @@ class MVTask:
         names = ["psnr", "ssim", "normals_deg"] + (["lpips"] if self.lpips else [])
         scales = self.config.validation.validation_guidance_scales
         sums = torch.zeros(len(scales), len(names), device=self.processes.device, dtype=torch.float64)
+        measured = torch.zeros((), device=self.processes.device, dtype=torch.float64)
         photographs = sorted(self.photographs)
         for number in self.stop.share(count + len(photographs)):
-            for place, scale in enumerate(scales):
-                if number < count:
-                    metrics = self._validate_object(step, number, scale)
-                    sums[place] += torch.stack([metrics[name].double() for name in names])
-                else:
-                    self._sample_photograph(step, photographs[number - count], number, scale)
-        sums = self.processes.reduce(sums, "sum")
+            if number >= count:
+                self._sample_photograph(step, photographs[number - count], number)
+                continue
+            try:
+                item = self.held_out.item(number, self.held_out.variants()[0]) if self.held_out else {}
+            except BAD_SAMPLE_ERRORS as error:
+                logger.warning("a held-out object is left out of this validation: %s", error)
+                continue
+            for place, metrics in enumerate(self._validate_object(step, number, item)):
+                sums[place] += torch.stack([metrics[name].double() for name in names])
+            measured += 1
+        sums, measured = (self.processes.reduce(each, "sum") for each in (sums, measured))
         self.processes.wait_for_everyone()
-        if self.processes.is_main_process and count + len(photographs):
-            self._write_sheet(step)
+        if self.processes.is_main_process:
+            self._write_sheets(step)
         suffixes = ["" if len(scales) == 1 else f"_cfg{scale:g}" for scale in scales]
-        means = (sums / max(count, 1)).tolist()
+        means = (sums / measured).tolist()
         return {
             name + suffix: value
             for suffix, values in zip(suffixes, means, strict=True)
             for name, value in zip(names, values, strict=True)
-            if count
+            if measured
         }
 
-    def _validate_object(self, step: int, index: int, guidance_scale: float) -> dict[str, Tensor]:
-        """Metrics of one held-out object; writes its pictures."""
-        assert self.held_out is not None, "only held-out objects are validated"
-        item = self.held_out.item(index, self.held_out.variants()[0])
+    def _validate_object(self, step: int, number: int, item: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """Metrics of one held-out object for each guidance scale; writes its pictures."""
         batch = {key: value.to(self.processes.device) for key, value in collate([item]).items()}
         encoded = encode_batch(self.frozen, batch)
         condition = ViewCondition(
@@ -235,53 +244,67 @@ class MVTask:
             batch["camera_embed_normal"],
             batch["camera_embed_image"],
         )
-        views = self._sample(condition, index, guidance_scale)  # (V, 3, R, R) each, in [0, 1]
         targets = {"normal": batch["normal_target_vae"][0] / 2 + 0.5, "colour": batch["image_target_vae"][0] / 2 + 0.5}
-        names = [name for name, *_ in self.cameras]
-        sheet = view_sheet(batch["image_cond_vae"][0] / 2 + 0.5, views, names, targets)
-        self.log.image(step, f"{index:03d}-cfg{guidance_scale:g}", sheet, track=False)
-        metrics = {
-            "psnr": psnr(views["colour"], targets["colour"]).mean(),
-            "ssim": ssim(views["colour"], targets["colour"]).mean(),
-            "normals_deg": normal_angular_error(
-                views["normal"], targets["normal"], object_mask(targets["normal"])
-            ).nanmean(),
-        }
-        return metrics | ({"lpips": self.lpips(views["colour"], targets["colour"]).mean()} if self.lpips else {})
+        picture = batch["image_cond_vae"][0] / 2 + 0.5  # (3, R, R)
+        metrics = []
+        for views in self._sample(condition, step, number, f"{number:03d}", picture, targets):
+            colours = views["colour"], targets["colour"]
+            angles = normal_angular_error(views["normal"], targets["normal"], object_mask(targets["normal"]))  # (V,)
+            of_scale = {"psnr": psnr(*colours).mean(), "ssim": ssim(*colours).mean(), "normals_deg": angles.nanmean()}
+            metrics.append(of_scale | ({"lpips": self.lpips(*colours).mean()} if self.lpips else {}))
+        return metrics
 
-    def _sample_photograph(self, step: int, name: str, number: int, guidance_scale: float) -> None:
-        condition = self._pipeline(self.frozen).encode([self.photographs[name]])
-        views = self._sample(condition, number, guidance_scale)
-        sheet = view_sheet(np.asarray(self.photographs[name]), views, [view for view, *_ in self.cameras])
-        self.log.image(step, f"{name}-cfg{guidance_scale:g}", sheet, track=False)
+    def _sample_photograph(self, step: int, name: str, number: int) -> None:
+        """Writes the pictures of one photograph."""
+        photo = self.photographs[name]
+        self._sample(self._pipeline(self.frozen).encode([photo]), step, number, f"photo-{name}", np.asarray(photo))
 
-    def _sample(self, condition: ViewCondition, number: int, guidance_scale: float) -> dict[str, Tensor]:
-        """Views of one object, {"normal": (V, 3, R, R), "colour": ...} in [0, 1]; its noise follows from `number`."""
-        shape, validation = (1, len(DOMAINS), len(self.cameras), *self.latent_shape), self.config.validation
+    def _sample(
+        self,
+        condition: ViewCondition,
+        step: int,
+        number: int,
+        name: str,
+        picture: Tensor | np.ndarray,
+        targets: Mapping[str, Tensor] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Views of one object at each guidance scale, {"normal": (V, 3, R, R), "colour": ...} in [0, 1]; writes them.
+
+        Their noise follows from `number`, the same in every validation. `picture` and `targets` as of `view_sheet`.
+        """
+        shape, validation = (len(DOMAINS), len(self.cameras), *self.latent_shape), self.config.validation
 
         def noise(index: int) -> Tensor:
-            return draw_normal(self.config.run.seed, f"validation {index}", [number], shape[1:])  # (1, D, V, C, h, w)
+            return draw_normal(self.config.run.seed, f"validation {index}", [number], shape)  # (1, D, V, C, h, w)
 
-        views = sample_views(
-            self.bare_unet,
-            self.frozen.vae,
-            self.frozen.scheduler,
-            condition,
-            noise,
-            num_steps=validation.num_inference_steps,
-            guidance_scale=guidance_scale,
-            eta=validation.eta,
-            cfg_order=validation.cfg_order,
-        )
-        return {domain: images[0] for domain, images in views.items()}
+        found = []
+        for scale in validation.validation_guidance_scales:
+            views = sample_views(
+                self.bare_unet,
+                self.frozen.vae,
+                self.frozen.scheduler,
+                condition,
+                noise,
+                num_steps=validation.num_inference_steps,
+                guidance_scale=scale,
+                eta=validation.eta,
+                cfg_order=validation.cfg_order,
+            )
+            found.append({domain: images[0] for domain, images in views.items()})
+            shown = {domain: images.nan_to_num(0.5) for domain, images in found[-1].items()}
+            if not all(images.isfinite().all() for images in found[-1].values()):
+                logger.warning("after step %d the views of %s at guidance %g are not finite", step, name, scale)
+            sheet = view_sheet(picture, shown, [view for view, *_ in self.cameras], targets)
+            self.log.image(step, f"{name}-cfg{scale:g}", sheet, track=False)
+        return found
 
-    def _write_sheet(self, step: int) -> None:
-        """One picture of the first objects and photographs, read back from what every process wrote."""
-        paths = sorted(self.log.image_folder(step).glob("*-cfg*.png"))[:SHEET_OBJECTS]
-        pictures = [[np.asarray(load_image(path))] for path in paths]
-        self.log.image(
-            step, "sheet", contact_sheet(pictures, None, [path.stem for path in paths], cell_height_px=SHEET_CELL_PX)
-        )
+    def _write_sheets(self, step: int) -> None:
+        """Pictures of the first objects and of the first photographs, read back from what every process wrote."""
+        for name, pattern in (("sheet", "[0-9]*.png"), ("photos", "photo-*.png")):
+            paths = sorted(self.log.image_folder(step).glob(pattern))[:SHEET_PICTURES]
+            if paths:
+                rows, labels = [[np.asarray(load_image(path))] for path in paths], [path.stem for path in paths]
+                self.log.image(step, name, contact_sheet(rows, None, labels, cell_height_px=SHEET_CELL_PX))
 
     def _pipeline(self, frozen: Frozen) -> MVDiffusionImagePipeline:
         return MVDiffusionImagePipeline(

@@ -1,6 +1,5 @@
 """Training, from the command line to the exported pipeline; reads top to bottom."""
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +24,9 @@ from mvdiffusion.config import PARSER, MVConfig, MVData, resolved
 from mvdiffusion.data.mvds import Layout, MultiViewDataset, Objects, RandomViews, find_objects
 from mvdiffusion.data.poses import choose_views
 from mvdiffusion.data.preparation import ClipTransform
-from mvdiffusion.media import prepare_photo, read_photo
+from mvdiffusion.media import GREY_LEVELS, prepare_photo, read_photo
 from mvdiffusion.models.components import load_feature_extractor, load_image_encoder, load_scheduler, load_vae
-from mvdiffusion.models.initialise import load_unet, trainable_parameters
+from mvdiffusion.models.initialise import ConvInInit, load_unet, read_json, trainable_parameters
 from mvdiffusion.pipelines import camera_table, fixed_cameras
 from mvdiffusion.task import Frozen, MVTask
 
@@ -117,15 +116,25 @@ def load_frozen(config: MVConfig) -> Frozen:
     )
 
 
+def validation_background(data: MVData) -> str:
+    """That of training where it is one that normal maps can be told from, else white."""
+    return str(data.background) if data.background in GREY_LEVELS else "white"
+
+
 def read_photographs(config: MVConfig) -> dict[str, Image.Image]:
-    """The photographs of `validation_dir`, prepared; one that cannot be read is left out with a warning."""
+    """The photographs of `validation_dir`, prepared, by name; one that cannot be used is left out with a warning."""
     photographs: dict[str, Image.Image] = {}
     if not config.validation.validation_dir:
         return photographs
     for path in find_files(find_file(config.validation.validation_dir, "validation_dir"), IMAGE_SUFFIXES):
+        if path.stem in photographs:
+            logger.warning("%s is not sampled in validation: another one is named %s too", path, path.stem)
+            continue
         try:
-            photo = prepare_photo(read_photo(path), config.data.resolution, config.validation.crop_size, "white")
-            photographs[path.stem] = photo
+            photo = read_photo(path)
+            photographs[path.stem] = prepare_photo(
+                photo, config.data.resolution, config.validation.crop_size, validation_background(config.data)
+            )
         except BAD_SAMPLE_ERRORS as error:
             logger.warning("%s is not sampled in validation: %s", path, error)
     return photographs
@@ -143,11 +152,7 @@ def unet_settings(config: MVConfig) -> dict[str, Any]:
     """Settings of the UNet that replace those of the weights' own: of the JSON file, then of the flags."""
     settings: dict[str, Any] = {"cd_attention_mid": True}
     if config.model.pretrained_config_path_unet:
-        path = find_file(config.model.pretrained_config_path_unet, "pretrained_config_path_unet")
-        try:
-            settings |= json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        settings |= read_json(find_file(config.model.pretrained_config_path_unet, "pretrained_config_path_unet"))
     if config.loss.pred_type == "mix":
         settings |= {"cd_attention_mid": False, "cd_attention_last": False}
     settings |= {name: getattr(config.model, name) for name in UNET_FLAGS if getattr(config.model, name) is not None}
@@ -157,6 +162,23 @@ def unet_settings(config: MVConfig) -> dict[str, Any]:
             "cd_attention_last out, or set pred_type to joint"
         )
     return settings
+
+
+def conv_in_init(config: MVConfig) -> ConvInInit:
+    """How `conv_in` begins on 2-D weights; the original draws all of it, its parent at most the condition's part."""
+    if config.model.zero_init_conv_in:
+        return "copy_zero"
+    return "random" if config.run.preset == "gnn3d" else "copy_random"
+
+
+def require_trained(new: Sequence[str], trained: Mapping[str, nn.Parameter]) -> None:
+    """ValueError if weights that no checkpoint held would stay as they were made."""
+    left = [name for name in new if name not in trained]
+    if left:
+        raise ValueError(
+            f"{len(left)} tensors are new and trainable_modules does not name them ({', '.join(left[:3])}, ...): set "
+            "pretrained_unet_path to weights that hold them, as stage 1 exports, or train them too"
+        )
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], camera_embedding_lr_mult: float) -> list[dict[str, Any]]:
@@ -184,7 +206,8 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
     training_set = training_data(config, clip, objects)
     held_out = None
     if objects.validation and isinstance(training_set, MultiViewDataset):
-        held_out = training_set.held_out(objects.validation)
+        held_out = training_set.held_out(objects.validation, validation_background(config.data))
+    photographs = read_photographs(config)
     global_batch = loop.batch_of(accelerator, config)
     loop.require_enough_items(len(training_set), config.data.batch_size, accelerator.num_processes)
     plan = SamplePlan(len(training_set), config.run.seed, global_batch)
@@ -202,13 +225,14 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
         folder_or_id(str(config.model.pretrained_unet_path or config.model.pretrained_model_name_or_path)),
         unet_config=unet_settings(config) | {"sample_size": frozen.latent_shape(config.data.resolution)[-1]},
         num_views=config.data.num_views,
-        conv_in_init="copy_zero" if config.model.zero_init_conv_in else "random",
+        conv_in_init=conv_in_init(config),
         zero_init_joint_bias=bool(config.model.zero_init_joint_bias),
         revision=config.model.revision,
         cache_dir=config.model.cache_dir,
     )
     bare_unet.train()
     trained = trainable_parameters(bare_unet, config.model.trainable_modules or None)
+    require_trained([*report.new, *report.widened], trained)
     if config.model.gradient_checkpointing:
         bare_unet.enable_gradient_checkpointing()
     num_views, num_domains = config.data.num_views, 2 if config.loss.pred_type == "joint" else 1
@@ -253,7 +277,7 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
         bare_unet,
         view_cameras(config, training_set),
         held_out,
-        read_photographs(config),
+        photographs,
         run.log,
         stop,
         reload_frozen=load,

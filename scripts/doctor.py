@@ -3,6 +3,9 @@
     python scripts/doctor.py pairs data/example_kitti.json --data_root data
     python scripts/doctor.py videos clips --processes 8 --timeout_s 20 --min_frames 34 --min_side_px 256
     python scripts/doctor.py views renders --num_views 6
+    python scripts/doctor.py scenes datasets --output datasets/checked
+
+The last one writes a list for `data.dataset_file` of training_ggi.
 
 Items are read in processes of their own, so one that crashes or hangs its decoder is found and named like any other.
 Writes to the output folder: results.jsonl (one line per item; a second run only looks at files that are new or have
@@ -22,20 +25,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from common.doctor import Check, Item, Result, scan
-from common.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_files, image_size, load_image, probe_video, read_frames
+from common.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    MediaError,
+    find_files,
+    image_size,
+    load_image,
+    probe_video,
+    read_frames,
+)
 from gaussian_refiner.data import BUCKETS, IMAGE_KEYS, Pair, choose_bucket, load_crops, read_pairs, window_places
 from mvdiffusion.data.mvds import Layout, RenderedObject, list_uids, locate
 from mvdiffusion.data.poses import choose_views, read_pose
 from mvdiffusion.data.preparation import decode_normals, prepare_mask, read_image
+from training_ggi.data import NUM_FRAMES, Scene, find_image_folder, list_scene_names, read_captions
 
 SMALLEST_SIDE_PX = 64
 LARGEST_ASPECT_DIFFERENCE = 0.05
 NORMAL_LENGTHS = (0.8, 1.2)  # of the median normal
 SMALLEST_FACING_SHARE = 0.75  # of the normals; half of them in a world frame, nearly all in the camera's
 DEFAULT_NUM_VIEWS = 6
+DEFAULT_MIN_FRAMES = {"videos": 1, "scenes": NUM_FRAMES}
+CAPTIONS = "captions.json"
 SHOWN_REASONS = 10
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,7 +102,7 @@ def list_videos(path: Path, data_root: Path | None) -> list[Item]:
     `data_root`, which would mean nothing.
     """
     if data_root is not None:
-        raise ValueError("--data_root is for pairs and views; the clips of videos are searched in PATH itself")
+        raise ValueError("--data_root is for pairs, views and scenes; the clips of videos are searched in PATH itself")
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder; videos needs the folder that the clips are in")
     suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
@@ -171,12 +187,86 @@ def _check_normals(path: Path, normals: np.ndarray) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# scenes: DL3DV-10K of training_ggi
+
+
+def list_scenes(path: Path, data_root: Path | None) -> list[Item]:
+    """Every scene folder of a data root, or, with `data_root` being that, every scene of a list like seeds.txt.
+
+    Names are those of the list. A scene has hundreds of files, so changes are noticed by its folder of images, in which
+    files appear, vanish or are replaced. Raises what `list_scene_names` raises.
+    """
+    root, dataset_file = (path, None) if data_root is None else (data_root, path)
+    names = list_scene_names(root, dataset_file, image_folder=None)
+    folders = [find_image_folder(root / name) for name in names]
+    return [
+        Item(name, (folder if isinstance(folder, Path) else root / name,), root / name)
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def check_scene(folder: Path, min_frames: int = NUM_FRAMES) -> None:
+    """Raises ValueError for a scene without images or with too few, and for images that are damaged or differ in size.
+
+    Three frames are decoded; of the others a PNG file is read and its checksums are compared, which takes a tenth of
+    the time.
+    """
+    images_folder = find_image_folder(folder)
+    if isinstance(images_folder, str):
+        raise ValueError(f"{folder}: {images_folder}")
+    images = Scene(folder.name, images_folder).images()
+    if len(images) < min_frames:
+        raise ValueError(
+            f"{images_folder}: the number of its frames is {len(images)}, but --min_frames is {min_frames}"
+        )
+    width, height = image_size(images[0])
+    for number, image in enumerate(images):
+        size_px = image_size(image)
+        if size_px != (width, height):
+            raise MediaError(image, f"is {size_px[0]}x{size_px[1]} px, but {images[0].name} is {width}x{height} px")
+        if number in (0, len(images) // 2, len(images) - 1):
+            load_image(image)
+        else:
+            _check_whole(image)
+
+
+def _check_whole(path: Path) -> None:
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG":
+                image.verify()
+            else:
+                image.load()
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        raise MediaError(path, f"cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def caption_note(path: Path, data_root: Path | None, results: Sequence[Result]) -> str:
+    """How many of the usable scenes have no caption in captions.json; "" if all have one, or there is no such file."""
+    root = path if data_root is None else data_root
+    if not (root / CAPTIONS).is_file():
+        return ""
+    try:
+        captions = read_captions(root, root / CAPTIONS)
+    except ValueError as error:
+        return str(error)
+    lacking = [result.name for result in results if result.ok and not captions.get(result.name.rpartition("/")[2])]
+    if not lacking:
+        return ""
+    return (
+        f"{len(lacking)} of the usable scenes have no caption in {root / CAPTIONS}, the first is {lacking[0]}: "
+        "scripts/caption_dl3dv.py adds them"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per kind of data set: what lists its items, (path, data_root) -> items, and what tries one.
 KINDS: dict[str, tuple[Callable[[Path, Path | None], list[Item]], Check]] = {
     "pairs": (list_pairs, check_pair),
     "videos": (list_videos, check_video),
     "views": (list_views, check_views),
+    "scenes": (list_scenes, check_scene),
 }
 
 Stamp = list[list[Any]]
@@ -251,7 +341,7 @@ def grouped_reasons(items: Sequence[Item], results: Sequence[Result]) -> list[tu
         if not result.ok:
             reason = result.reason
             for path in sorted(map(str, item.files), key=len, reverse=True):
-                reason = reason.replace(path, "FILE")
+                reason = re.sub(rf"{re.escape(path)}(/[^/:]+)?", "FILE", reason)  # or one in a folder
             counts[re.sub(r"\b\d+(\.\d+)?(x\d+)?", "N", reason)] += 1
     return counts.most_common()
 
@@ -292,12 +382,15 @@ def table(report: dict[str, Any], output: Path) -> str:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
+    if arguments.min_frames is None:
+        arguments.min_frames = DEFAULT_MIN_FRAMES.get(arguments.kind, 1)
     for name in ("processes", "min_frames", "min_side_px"):
         value = getattr(arguments, name)
         if value < 1:
             raise ValueError(f"--{name} is {value}, but must be at least 1")
-        if value > 1 and name != "processes" and arguments.kind != "videos":
-            raise ValueError(f"--{name} is for videos")
+        kinds = {"min_frames": tuple(DEFAULT_MIN_FRAMES), "min_side_px": ("videos",)}.get(name)
+        if value > 1 and kinds and arguments.kind not in kinds:
+            raise ValueError(f"--{name} is for {' and '.join(kinds)}")
     if arguments.num_views != DEFAULT_NUM_VIEWS and arguments.kind != "views":
         raise ValueError("--num_views is for views")
     if not 0 < arguments.timeout_s < float("inf"):
@@ -313,15 +406,20 @@ def main(argv: list[str] | None = None) -> int:
         "path",
         type=Path,
         metavar="PATH",
-        help="pairs: the json list; videos: a folder of clips; views: a folder of renders, or a list of objects",
+        help="pairs: the json list; videos: a folder of clips; views: a folder of renders, or a list of objects; "
+        "scenes: the folder that DL3DV-10K is in, or a list of scenes",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/doctor"), help="folder of the results")
     parser.add_argument("--processes", type=int, default=2, help="items read at a time")
     parser.add_argument("--timeout_s", type=float, default=60.0, help="how long reading one item may take")
     parser.add_argument(
-        "--data_root", type=Path, help="pairs: where the relative paths of the list start; views: the renders"
+        "--data_root",
+        type=Path,
+        help="pairs, scenes: where the relative paths of the list start; views: the renders",
     )
-    parser.add_argument("--min_frames", type=int, default=1, help="videos: the least that a clip must have")
+    parser.add_argument(
+        "--min_frames", type=int, help=f"the least that a clip (1 unless given) or a scene ({NUM_FRAMES}) must have"
+    )
     parser.add_argument("--min_side_px", type=int, default=1, help="videos: the least width and height")
     parser.add_argument("--num_views", type=int, default=DEFAULT_NUM_VIEWS, help="views: how many of each object")
     parser.add_argument("--again", action="store_true", help="look also at files that have not changed")
@@ -332,6 +430,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.kind == "videos":
             limits = {"min_frames": arguments.min_frames, "min_side_px": arguments.min_side_px}
             check = functools.partial(check, **limits)
+        if arguments.kind == "scenes":
+            check = functools.partial(check, min_frames=arguments.min_frames)
         if arguments.kind == "views":
             list_items = functools.partial(list_items, num_views=arguments.num_views)
         items = list_items(arguments.path, arguments.data_root)
@@ -346,6 +446,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     report = write_report(arguments.kind, items, results, arguments.output)
     print(table(report, arguments.output))
+    if arguments.kind == "scenes" and (note := caption_note(arguments.path, arguments.data_root, results)):
+        print(note)
     return 1 if report["unusable"] else 0
 
 

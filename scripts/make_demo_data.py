@@ -9,9 +9,11 @@ The photographs come with scikit-image (`pip install -e '.[demo]'`); mvdiffusion
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -238,13 +240,38 @@ def make_vae_data(directory: Path, seed: int = 0) -> Path:
     return Path(directory, "videos")
 
 
+@dataclass(frozen=True)
+class _Pose:
+    """The camera at one moment: the middle of its window in pixels of the photograph, how many of these a pixel of the
+    clip spans, the angle it is turned by, and its place between the two views of the stereo pair."""
+
+    centre: np.ndarray
+    scale: float
+    angle: float
+    place: float
+
+
 def _filmed(
     rng: np.random.Generator, name: str, motion: str, size_px: tuple[int, int], num_frames: int
 ) -> Iterator[np.ndarray]:
     """Frames uint8 (H, W, 3) of a camera that speeds up, slows down and never shows anything beyond the photograph."""
-    photograph, disparity = read_photograph(name), None
-    if motion == "parallax":
-        photograph, disparity = photograph.reduce(STEREO_REDUCTION), _disparity_px(STEREO_REDUCTION)
+    photograph, disparity = _set(name, motion)
+    for pose in _camera_path(rng, photograph, motion, size_px, num_frames):
+        view = photograph if disparity is None else _view_between(photograph, disparity, pose.place)
+        yield _window(view, pose.centre, pose.scale, pose.angle, size_px)
+
+
+def _set(name: str, motion: str) -> tuple[Image.Image, np.ndarray | None]:
+    """What is filmed, and, for parallax, its disparity (H, W)."""
+    photograph = read_photograph(name)
+    if motion != "parallax":
+        return photograph, None
+    return photograph.reduce(STEREO_REDUCTION), _disparity_px(STEREO_REDUCTION)
+
+
+def _camera_path(
+    rng: np.random.Generator, photograph: Image.Image, motion: str, size_px: tuple[int, int], num_frames: int
+) -> Iterator[_Pose]:
     # The largest window that fits at any angle that is reached.
     largest_angle = rng.uniform(0.15, 0.4) * rng.choice((-1, 1)) if motion == "turn" else 0.0
     cos, sin = np.cos(largest_angle), abs(np.sin(largest_angle))
@@ -258,8 +285,7 @@ def _filmed(
         angle = largest_angle * (2 * eased - 1)
         reach = (scale / fitting) * np.array(photograph.size) / 2
         centre = np.array(photograph.size) / 2 + (2 * eased - 1) * towards * (np.array(photograph.size) / 2 - reach)
-        view = photograph if disparity is None else _view_between(photograph, disparity, eased)
-        yield _window(view, centre, scale, angle, size_px)
+        yield _Pose(centre, scale, angle, eased)
 
 
 def _window(image: Image.Image, centre: np.ndarray, scale: float, angle: float, size_px: tuple[int, int]) -> np.ndarray:
@@ -291,19 +317,26 @@ def _filled_from_the_sides(disparity: np.ndarray) -> np.ndarray:
 
 def _view_between(left: Image.Image, disparity: np.ndarray, place: float) -> Image.Image:
     """What a camera between the left (0) and the right view (1) of the stereo pair sees, out of the left view."""
-    height, width = disparity.shape
+    width = left.width
+    rows, columns = np.indices(disparity.shape)
+    source = np.clip(columns + place * _disparity_between(disparity, place), 0, width - 1.001)  # (H, W)
+    whole = source.astype(int)
+    share = (source - whole)[..., None]  # (H, W, 1)
+    pixels = np.asarray(left, np.float32)
+    between = pixels[rows, whole] * (1 - share) + pixels[rows, whole + 1] * share  # (H, W, 3)
+    return Image.fromarray(between.round().astype(np.uint8))
+
+
+def _disparity_between(disparity: np.ndarray, place: float) -> np.ndarray:
+    """The disparity of what that camera sees at each pixel: (H, W)."""
+    width = disparity.shape[1]
     rows, columns = np.indices(disparity.shape)
     order = np.argsort(disparity, axis=None, kind="stable")  # near points last: they hide what is behind them
     target = np.round(columns - place * disparity).astype(int).ravel()[order]
     inside = (target >= 0) & (target < width)
     seen = np.full(disparity.shape, np.nan)
     seen[rows.ravel()[order][inside], target[inside]] = disparity.ravel()[order][inside]
-    source = np.clip(columns + place * _filled_from_the_sides(seen), 0, width - 1.001)  # (H, W)
-    whole = source.astype(int)
-    share = (source - whole)[..., None]  # (H, W, 1)
-    pixels = np.asarray(left, np.float32)
-    between = pixels[rows, whole] * (1 - share) + pixels[rows, whole + 1] * share  # (H, W, 3)
-    return Image.fromarray(between.round().astype(np.uint8))
+    return _filled_from_the_sides(seen)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,6 +537,77 @@ def make_photos(directory: Path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# training_ggi: scenes in the form of DL3DV-10K, filmed in the same ways as the clips of vae
+
+# Photograph, motion, frames. The last one is what the trainer holds out.
+GGI_SCENES = (
+    (STEREO_PAIR[0], "parallax", 56),
+    ("astronaut.png", "pan", 52),
+    ("chelsea.png", "zoom", 54),
+    (STEREO_PAIR[0], "parallax", 60),
+    ("rocket.jpg", "turn", 50),
+    ("coffee.png", "pan", 56),
+)
+GGI_SIZE_PX = (240, 160)
+
+
+def make_ggi_data(directory: Path, seed: int = 0) -> Path:
+    """Writes six scenes of 50 to 60 frames, `seeds.txt`, `captions.json` and `flow/`; returns `directory`.
+
+    Frames are 240x160 px. `flow/<scene>.npy` holds the true optical flow from each to the next, (dx, dy) in pixels, for
+    what is visible in the first of the two: float16 (F - 1, 2, H, W). The same arguments give the same pixels.
+    """
+    directory = Path(directory)
+    names, captions = [], {}
+    for index, (photograph, motion, num_frames) in enumerate(GGI_SCENES):
+        scene = f"{index:02x}" + hashlib.sha256(f"demo scene {index}".encode()).hexdigest()[2:]
+        names.append(f"DL3DV-10K/1K/{scene}")
+        captions[scene] = CAPTIONS[photograph]
+        frames, flow = _film_with_flow(np.random.default_rng([seed, index]), photograph, motion, num_frames)
+        images = directory / names[-1] / "images_2"
+        images.mkdir(parents=True, exist_ok=True)
+        for number, frame in enumerate(frames, start=1):
+            Image.fromarray(frame).save(images / f"frame_{number:05d}.png", compress_level=1)
+        (directory / "flow").mkdir(exist_ok=True)
+        np.save(directory / "flow" / f"{scene}.npy", flow.astype(np.float16))
+    (directory / "seeds.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    (directory / "captions.json").write_text(json.dumps(captions) + "\n", encoding="utf-8")
+    return directory
+
+
+def _film_with_flow(rng: np.random.Generator, name: str, motion: str, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames uint8 (F, H, W, 3), and the flow between them (F - 1, 2, H, W) in pixels."""
+    photograph, disparity = _set(name, motion)
+    path = list(_camera_path(rng, photograph, motion, GGI_SIZE_PX, num_frames))
+    frames, flows = [], []
+    for number, pose in enumerate(path):
+        view = photograph if disparity is None else _view_between(photograph, disparity, pose.place)
+        frames.append(_window(view, pose.centre, pose.scale, pose.angle, GGI_SIZE_PX))
+        if number + 1 < num_frames:
+            flows.append(_true_flow(pose, path[number + 1], disparity))
+    return np.stack(frames), np.stack(flows)
+
+
+def _true_flow(pose: _Pose, following: _Pose, disparity: np.ndarray | None) -> np.ndarray:
+    """(2, H, W): to where in the following frame the camera's motion brings what is at each pixel of this one."""
+    width, height = GGI_SIZE_PX
+    place = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1)  # (H, W, 2): x, y
+    middle = np.array(GGI_SIZE_PX) / 2
+    seen = pose.centre + pose.scale * (place - middle) @ _turn(pose.angle)  # (H, W, 2), in the photograph
+    if disparity is not None:
+        column, row = (np.clip(seen[..., i].astype(int), 0, disparity.shape[1 - i] - 1) for i in (0, 1))
+        shift_px = (following.place - pose.place) * _disparity_between(disparity, pose.place)[row, column]  # (H, W)
+        seen = seen - np.stack([shift_px, np.zeros_like(shift_px)], axis=-1)
+    there = middle + (seen - following.centre) @ _turn(following.angle).T / following.scale  # (H, W, 2)
+    return (there - place).transpose(2, 0, 1)  # (2, H, W)
+
+
+def _turn(angle: float) -> np.ndarray:
+    """What `_window` turns by, for rows (x, y)."""
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
@@ -514,6 +618,7 @@ MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
     "diffnext_t2i": lambda directory, arguments: make_nova_image_data(directory, arguments.seed),
     "diffnext_t2v": lambda directory, arguments: make_nova_clip_data(directory, arguments.seed),
     "mvdiffusion": lambda directory, arguments: make_mvdiffusion_data(directory, arguments.seed),
+    "training_ggi": lambda directory, arguments: make_ggi_data(directory, arguments.seed),
 }
 
 

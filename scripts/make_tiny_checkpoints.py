@@ -10,6 +10,7 @@ weights. It shows that training, saving, resuming and inference work; it knows n
 import argparse
 import json
 import math
+import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDPMScheduler,
+    CogVideoXTransformer3DModel,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -32,7 +36,20 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection, PhiConfig
+from torchvision.models.optical_flow import raft_large
+from transformers import (
+    BitConfig,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DPTConfig,
+    DPTForDepthEstimation,
+    PhiConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 @contextmanager
@@ -633,6 +650,195 @@ def object_pictures(count: int = 128, size_px: int = 64) -> list[torch.Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# training_ggi: THUDM/CogVideoX-5b-I2V, and beside it what else the trainer reads
+
+GGI_TRANSFORMER = dict(
+    num_attention_heads=2,
+    attention_head_dim=32,
+    in_channels=32,
+    out_channels=16,
+    time_embed_dim=32,
+    text_embed_dim=32,
+    num_layers=4,
+    sample_width=12,
+    sample_height=8,
+    sample_frames=17,
+    use_rotary_positional_embeddings=True,
+    use_learned_positional_embeddings=True,
+)
+GGI_VAE = dict(
+    block_out_channels=(8, 16, 16, 32), norm_num_groups=4, sample_height=64, sample_width=96, scaling_factor=0.7
+)
+GGI_TEXT_ENCODER = dict(
+    vocab_size=256,
+    d_model=32,
+    d_kv=16,
+    d_ff=64,
+    num_layers=2,
+    num_heads=2,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+    is_encoder_decoder=False,
+)
+GGI_SCHEDULER = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=True,
+    steps_offset=0,
+    prediction_type="v_prediction",
+    timestep_spacing="trailing",
+    rescale_betas_zero_snr=True,
+    snr_shift_scale=1.0,
+)
+GGI_MODEL_INDEX = dict(
+    _class_name="CogVideoXImageToVideoPipeline",
+    _diffusers_version=diffusers.__version__,
+    scheduler=["diffusers", "CogVideoXDPMScheduler"],
+    text_encoder=["transformers", "T5EncoderModel"],
+    tokenizer=["transformers", "T5Tokenizer"],
+    transformer=["diffusers", "CogVideoXTransformer3DModel"],
+    vae=["diffusers", "AutoencoderKLCogVideoX"],
+)
+GGI_BASE_LORA = "I2V5B_final_i38800_nearest_lora_weights.safetensors"
+GGI_BASE_LORA_RANK = 8
+GGI_EDGES, GGI_FLOW, GGI_DEPTH = "ControlNetHED.safetensors", "raft_large.safetensors", "dpt-hybrid-midas"
+LATENT_PX = 8
+EDGE_GAIN, EDGE_BIAS = 1.3, -4.0  # a step of 30 grey levels gives a bright line, an even area black
+
+
+def make_ggi_checkpoint(
+    directory: Path, seed: int = 0, *, num_frames: int = 17, height_px: int = 64, width_px: int = 96
+) -> Path:
+    """A miniature of CogVideoX-5b-I2V that `CogVideoXImageToVideoPipeline.from_pretrained` loads.
+
+    Beside it lie a base LoRA (GGI_BASE_LORA), RAFT and HED in the sizes of the released ones, which have no others
+    (GGI_FLOW, GGI_EDGES, in half precision), and a miniature of DPT-hybrid (GGI_DEPTH). RAFT sees next to no motion;
+    HED draws the edges of its image. The same seed gives the same bytes; files already in `directory` are overwritten.
+    Returns `directory`.
+
+    Args:
+        num_frames, height_px, width_px: the clips that the learned position table is for. Sides must be multiples of
+            16, frames 8 k + 1: of an even number of latent frames the released VAE, too, decodes three frames more.
+    """
+    directory = Path(directory)
+    write_json(directory / "model_index.json", GGI_MODEL_INDEX)
+    CogVideoXDPMScheduler(**GGI_SCHEDULER).save_pretrained(directory / "scheduler")
+    write_t5_tokenizer(directory / "tokenizer")
+    with seeded(seed):
+        text_encoder = T5EncoderModel(T5Config(**GGI_TEXT_ENCODER))
+    text_encoder.save_pretrained(directory / "text_encoder", max_shard_size="64KB")  # two shards
+    size = dict(sample_frames=num_frames, sample_height=height_px // LATENT_PX, sample_width=width_px // LATENT_PX)
+    with seeded(seed):
+        transformer = CogVideoXTransformer3DModel(**(GGI_TRANSFORMER | size))
+        table = transformer.patch_embed.pos_embedding
+        table += 0.02 * torch.randn_like(table)  # as if it were learned: no longer that of sines
+    transformer.save_pretrained(directory / "transformer")
+    with seeded(seed):
+        vae = AutoencoderKLCogVideoX(**(GGI_VAE | dict(sample_height=height_px, sample_width=width_px)))
+        _sharpen_latents(vae)
+    vae.save_pretrained(directory / "vae")
+    save_file(_base_lora(transformer, seed), directory / GGI_BASE_LORA, metadata={"format": "pt"})
+    save_annotators(directory, seed)
+    return directory
+
+
+def write_t5_tokenizer(directory: Path) -> None:
+    """T5's tokenizer without words: each printable character is a token, after the mark of a word's beginning."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    characters = [(character, -4.0) for character in string.printable if not character.isspace()]
+    sentinels = [(f"<extra_id_{number}>", 0.0) for number in reversed(range(100))]
+    T5Tokenizer(vocab=[*special, *characters, *sentinels], model_max_length=226).save_pretrained(directory)
+
+
+@torch.no_grad()
+def _sharpen_latents(vae: AutoencoderKLCogVideoX) -> None:
+    """Means about as large as those of the released VAE, beside which its deviations are small."""
+    conv, channels = vae.encoder.conv_out.conv, vae.config.latent_channels
+    conv.weight[:channels] *= 3
+    conv.weight[channels:] = 0
+    conv.bias[channels:] = -8.0  # log-variance
+
+
+def _base_lora(transformer: CogVideoXTransformer3DModel, seed: int) -> dict[str, torch.Tensor]:
+    weights = {}
+    with seeded(seed):
+        for name, layer in transformer.named_modules():
+            if isinstance(layer, nn.Linear) and ".attn1." in name:
+                down = torch.randn(GGI_BASE_LORA_RANK, layer.in_features) / math.sqrt(layer.in_features)
+                up = 0.05 * torch.randn(layer.out_features, GGI_BASE_LORA_RANK)
+                weights[f"transformer.{name}.lora_A.weight"] = down.bfloat16()
+                weights[f"transformer.{name}.lora_B.weight"] = up.bfloat16()
+    return weights
+
+
+@torch.no_grad()
+def save_annotators(directory: Path, seed: int = 0) -> None:
+    """GGI_FLOW, GGI_EDGES and GGI_DEPTH in `directory`."""
+    from training_ggi.models.edges import HED
+
+    with seeded(seed):
+        raft = raft_large(weights=None)
+        hed = HED()
+        depth = DPTForDepthEstimation(_dpt_config())
+    raft.update_block.flow_head.conv2.weight *= 0.01
+    raft.update_block.flow_head.conv2.bias.zero_()
+    _draw_edges(hed)
+    for name, network in ((GGI_FLOW, raft), (GGI_EDGES, hed)):
+        weights = network.state_dict()
+        half = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+        save_file(half, directory / name, metadata={"format": "pt"})
+    depth.save_pretrained(directory / GGI_DEPTH)
+
+
+def _draw_edges(hed: nn.Module) -> None:
+    """The finest of the five maps becomes the steepness of the image, the others are even; random weights feed none."""
+    steps = torch.zeros(4, 3, 3, 3)
+    steps[0, :, 1, 2], steps[0, :, 1, 0] = 1 / 3, -1 / 3
+    steps[2, :, 2, 1], steps[2, :, 0, 1] = 1 / 3, -1 / 3
+    steps[1], steps[3] = -steps[0], -steps[2]
+    blocks = (hed.block1, hed.block2, hed.block3, hed.block4, hed.block5)
+    for block in blocks:
+        nn.init.zeros_(block.projection.weight)
+        nn.init.constant_(block.projection.bias, EDGE_BIAS)
+    first, second = hed.block1.convs
+    first.weight[:4], first.bias[:4] = steps, 0
+    second.weight[:4], second.bias[:4] = 0, 0
+    second.weight[range(4), range(4), 1, 1] = 1
+    hed.block1.projection.weight[0, :4] = EDGE_GAIN
+
+
+def _dpt_config() -> DPTConfig:
+    stem = BitConfig(
+        global_padding="same",
+        layer_type="bottleneck",
+        depths=[1, 1, 1],
+        embedding_size=8,
+        hidden_sizes=[16, 16, 32],
+        num_groups=4,
+        out_features=["stage1", "stage2", "stage3"],
+        embedding_dynamic_padding=True,
+    )
+    return DPTConfig(
+        is_hybrid=True,
+        backbone_config=stem,
+        backbone_featmap_shape=[1, 32, 4, 4],
+        image_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16, 16, 16, 16],
+        neck_ignore_stages=[0, 1],
+        readout_type="project",
+        fusion_hidden_size=16,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # One row per trainer; `arguments` are those of the command line.
 MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
@@ -649,6 +855,7 @@ MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
     "mvdiffusion": lambda directory, arguments: make_mvdiffusion_checkpoint(
         directory, arguments.seed, arguments.vae_fit_steps
     ),
+    "training_ggi": lambda directory, arguments: make_ggi_checkpoint(directory, arguments.seed),
 }
 
 

@@ -172,7 +172,10 @@ def load_surfaces(path: Path, up_axis: str) -> list[Surface]:
     """
     import trimesh
 
-    scene = trimesh.load_scene(path, process=False)
+    try:
+        scene = trimesh.load_scene(path, process=False)
+    except Exception as error:  # readers raise almost anything
+        raise ValueError(f"{path}: cannot be read as a mesh ({type(error).__name__}: {error})") from error
     is_gltf = path.suffix.lower() in (".glb", ".gltf")
     found: dict[Any, list[Surface]] = defaultdict(list)
     for node in scene.graph.nodes_geometry:
@@ -458,12 +461,12 @@ def render_object(mesh: Path, settings: Settings, output: Path) -> None:
             if not colour[..., 3].any():
                 raise ValueError(f"{mesh}: nothing is seen in the view {view}: the mesh is flat")
             np.savetxt(staging / f"{SET}_{view}_RT.txt", pose)
-            for kind, image in (("rgb", colour), ("normals", direction)):
+            images = {"rgb": colour, "normals": direction}
+            if settings.masks:
+                images["mask"] = np.where(colour[..., 3] > 0, 255, 0).astype(np.uint8)
+            for kind, image in images.items():
                 path = staging / f"{kind}_{SET}_{view}.{settings.suffix}"
                 Image.fromarray(image).save(path, **({"lossless": True} if settings.suffix == "webp" else {}))
-            if settings.masks:
-                mask = np.where(colour[..., 3] > 0, 255, 0).astype(np.uint8)
-                Image.fromarray(mask).save(staging / f"mask_{SET}_{view}.{settings.suffix}")
     os.rename(staging, object_folder(output, uid))
 
 

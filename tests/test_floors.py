@@ -19,7 +19,7 @@ KEPT_TO = {
     "tensorboard": set(),
 }
 # What a module of a trainer must not import from its own folder; a missing name may import all but the entry points.
-ENTRY_POINTS = ("train", "infer", "reconstruct", "evaluate", "upstream", "train_ddp")
+ENTRY_POINTS = ("train", "infer", "reconstruct", "evaluate", "upstream", "train_ddp", "prepare", "export", "exps")
 FORBIDDEN = {
     "models": ("config", "data", "task", "cache", "repair", *ENTRY_POINTS),
     "config": ("data", "models", "task", "cache", "repair", *ENTRY_POINTS),

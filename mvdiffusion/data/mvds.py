@@ -169,8 +169,12 @@ def list_uids(
         uids -= read_uids(invalid_list, "data.invalid_list")
     if not uids:
         where = "data.object_list" if object_list is not None else root.absolute()
+        left = " that data.invalid_list leaves" if invalid_list is not None else ""
         expected = " or ".join(f"<first {tag} letters of uid>/<uid>" if tag else "<uid>" for tag in layout.tags)
-        raise ValueError(f"{where} holds no objects that data.invalid_list leaves; folders must be named {expected}")
+        raise ValueError(
+            f"{where} holds no rendered objects{left}; their folders must be named {expected}, as "
+            "scripts/render_multiview.py writes them"
+        )
     return sorted(uids)
 
 
@@ -252,9 +256,11 @@ def _describe_incomplete(located: Sequence[tuple[RenderedObject, list[Path]]]) -
         for found, missing in incomplete[:SHOWN_PROBLEMS]
     ]
     more = len(incomplete) - SHOWN_PROBLEMS
+    remedy = "name them in data.invalid_list, or take as data.object_list the allow-list of scripts/doctor.py"
+    if len(incomplete) == len(located):
+        remedy = "set data.num_views and data.views to what is rendered, or render these views"
     return [
-        f"{len(incomplete)} of {len(located)} objects lack files (name them in data.invalid_list, or take as "
-        "data.object_list the allow-list of scripts/doctor.py):" + "".join(lines)
+        f"{len(incomplete)} of {len(located)} objects lack files ({remedy}):" + "".join(lines)
         + (f"\n      ... and {more} more like these" if more > 0 else "")
     ]  # fmt: skip
 

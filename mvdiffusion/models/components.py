@@ -78,7 +78,7 @@ def _load(
         return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
     except OSError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        where = folder if root.is_dir() else f"{path_or_id}, which is no folder and perhaps no hub id within reach,"
+        where = folder if root.is_dir() else f"{path_or_id}, which is no folder, and no hub id within reach"
         raise FileNotFoundError(f"the {what} cannot be loaded from {where} ({reason})") from error
 
 

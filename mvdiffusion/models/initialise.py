@@ -223,7 +223,7 @@ def _find_source(
         if weights is None:
             raise FileNotFoundError(f"no UNet weights under {root}; tried: {', '.join(map(str, tried))}")
         config = weights.with_name("config.json")
-        return weights, json.loads(config.read_text()) if config.is_file() else None
+        return weights, read_json(config) if config.is_file() else None
     if root.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
         raise FileNotFoundError(f"no such folder: {path}")
 
@@ -248,11 +248,22 @@ def _find_source(
             f"{path} is no local folder, and the hub gives no {subfolder or 'UNet'} weights for it (no connection, or "
             f"none of {', '.join(WEIGHTS_NAMES)})"
         )
-    return weights, json.loads(config.read_text()) if config is not None else None
+    return weights, read_json(config) if config is not None else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; ValueError if it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping in braces, it holds a {type(content).__name__}")
+    return content
 
 
 def _shards(index: Path) -> list[str]:
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return sorted(set(read_json(index)["weight_map"].values()))
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -312,7 +323,10 @@ def _check_fit(
     }
     lines = [f"{len(keys)} tensors {kind}: {_named(keys)}" for kind, keys in problems.items() if keys]
     if lines:
-        raise ValueError(f"{source} does not fit the UNet's config (unet_config over its own); " + "; ".join(lines))
+        raise ValueError(
+            f"{source} does not fit the UNet's config (its own, and over it what "
+            "pretrained_config_path_unet and flags say); " + "; ".join(lines)
+        )
     return new
 
 

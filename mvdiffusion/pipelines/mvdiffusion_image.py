@@ -103,7 +103,7 @@ def denoise_views(
         raise ValueError(f"cfg_order is {cfg_order!r}, but must be domain or upstream")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, but must be in [0, 1]")
-    ddim, timesteps = _schedule(scheduler, num_steps)
+    ddim, timesteps = ddim_schedule(scheduler, num_steps)
     dtype = next(unet.parameters()).dtype
     order = None if guidance_scale == 1 else cfg_order
     cond_latents, embeds, labels = (rows.to(dtype) for rows in _condition_rows(condition, order))
@@ -149,7 +149,8 @@ def decode_rows(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return torch.cat([components.decode_latents(vae, rows) for rows in latents.split(DECODED_AT_ONCE_ROWS)])
 
 
-def _schedule(scheduler: Any, num_steps: int) -> tuple[DDIMScheduler, list[int]]:
+def ddim_schedule(scheduler: Any, num_steps: int) -> tuple[DDIMScheduler, list[int]]:
+    """DDIM with a scheduler's noise levels, and its timesteps; ValueError for a number of steps it does not have."""
     ddim = DDIMScheduler.from_config({"clip_sample": False} | dict(scheduler.config))
     limit = ddim.config.num_train_timesteps
     if 1 <= num_steps <= limit:
@@ -157,7 +158,7 @@ def _schedule(scheduler: Any, num_steps: int) -> tuple[DDIMScheduler, list[int]]
         timesteps = ddim.timesteps.tolist()
         if max(timesteps) < limit:
             return ddim, timesteps
-    raise ValueError(f"num_steps is {num_steps}, but must be in 1..{limit - ddim.config.steps_offset}")
+    raise ValueError(f"num_inference_steps is {num_steps}, but must be in 1..{limit - ddim.config.steps_offset}")
 
 
 def _condition_rows(condition: ViewCondition, order: CfgOrder | None) -> list[Tensor]:
@@ -534,7 +535,12 @@ def _load_trained_unet(
     root = Path(source)
     inside = subfolder if subfolder and (not root.is_dir() or (root / subfolder).is_dir()) else None
     if not root.is_dir() or (root / (inside or "") / "config.json").is_file():
-        config = UNetMV2DConditionModel.load_config(source, subfolder=inside, **({} if root.is_dir() else hub))
+        try:
+            config = UNetMV2DConditionModel.load_config(source, subfolder=inside, **({} if root.is_dir() else hub))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"the UNet is looked for in {source}, no folder and no hub id within reach"
+            ) from error
         num_views = config.get("num_views", num_views)
     network, report = load_unet(source, inside, num_views=num_views or RELEASED_NUM_VIEWS, **hub)
     if report.new:

@@ -26,11 +26,9 @@ def test_the_default_file_is_the_documented_one() -> None:
 
 
 def test_stages() -> None:
-    stage1, stage2 = (
-        PARSER.parse(["--config", f"configs/training_config/stage{n}.yaml", *NEEDED])[0] for n in (1, 2)
-    )
+    stage1, stage2 = (PARSER.parse(["--config", f"configs/training_config/stage{n}.yaml", *NEEDED])[0] for n in (1, 2))
     assert (stage1.loss.pred_type, stage2.loss.pred_type) == ("mix", "joint")
-    assert (stage1.model.trainable_modules, stage2.model.trainable_modules) == ((), ("joint_mid",))
+    assert (stage1.model.trainable_modules, stage2.model.trainable_modules) == (None, ("joint_mid",))
     assert (stage1.optim.learning_rate, stage2.optim.learning_rate) == (1e-4, 5e-5)
     assert stage1.validation.eta == 1.0 and stage1.optim.camera_embedding_lr_mult == 10
 
@@ -63,15 +61,23 @@ def test_the_parents_nested_keys(tmp_path: Path) -> None:
         "train_dataset: {root_dir: data, object_list: a.json, invalid_list: b.json, num_views: 4, groups_num: 1,\n"
         "  bg_color: white, img_wh: [256, 256], validation: false, num_validation_samples: 3, read_normal: true,\n"
         "  read_color: true, mix_color_normal: true}\n"
+        "trainable_modules: null\n"
         "validation_dataset: {root_dir: data, bg_color: white}\n"
         "pretrained_model_name_or_path: lambdalabs/sd-image-variations-diffusers\nlast_global_step: 5000\n"
-        "unet_from_pretrained_kwargs: {cd_attention_mid: true, num_views: 4, sample_size: 32}\n"
+        "unet_from_pretrained_kwargs: {cd_attention_mid: true, num_views: 4, sample_size: 32, in_channels: 8}\n"
         "pipe_kwargs: {camera_embedding_type: e_de_da_sincos, num_views: 4}\n"
     )
     config, warnings = PARSER.parse(["--config", str(path)])
     assert (config.data.train_data_dir, config.data.num_views, config.data.bg_color) == ("data", 4, "white")
     assert (config.data.num_validation_samples, config.model.cd_attention_mid) == (3, True)
+    assert config.model.trainable_modules is None
     assert "train_dataset.img_wh has no effect: `resolution` sets the size" in warnings
+
+
+def test_dropping_too_much_is_refused_wherever_there_are_three_ways() -> None:
+    PARSER.parse([*NEEDED, "--preset", "gnn3d", "--p_uncond", "0.5"])
+    with pytest.raises(ConfigError, match="condition_drop_rate 0.5 is above 1/3"):
+        PARSER.parse([*NEEDED, "--preset", "gnn3d", "--p_uncond", "0.5", "--drop_type", "drop_joint"])
 
 
 def test_mistakes_are_reported_together() -> None:

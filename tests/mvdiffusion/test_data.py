@@ -311,6 +311,7 @@ def test_both_layouts_are_found_in_one_folder(tmp_path):
     with pytest.raises(ValueError, match="1 of 1 objects lack files") as caught:
         find_objects(tmp_path, Layout(3, "webp"))
     assert "12 missing, the first is " in str(caught.value)  # no masks: there are none of that suffix
+    assert "(set data.num_views and data.views to what is rendered, or render these views)" in str(caught.value)
 
 
 def test_objects_may_lie_in_the_folder_itself(tmp_path):
@@ -360,9 +361,9 @@ def test_wrong_numbers_and_folders(five, tmp_path):
             find_objects(five, views=["front"], **dict([options]))
     with pytest.raises(FileNotFoundError, match=r"is not a folder; set data.train_data_dir to where the renders are$"):
         find_objects(tmp_path / "absent")
-    with pytest.raises(ValueError, match="holds no objects that data.invalid_list leaves; folders must be named "):
+    with pytest.raises(ValueError, match="holds no rendered objects; their folders must be named "):
         find_objects(tmp_path)
-    with pytest.raises(ValueError, match=r"<first 3 letters of uid>/<uid> or <first 2 letters of uid>/<uid>$"):
+    with pytest.raises(ValueError, match=r"<first 3 letters of uid>/<uid> or <first 2 letters of uid>/<uid>, as "):
         find_objects(tmp_path)
 
 

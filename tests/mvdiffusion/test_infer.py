@@ -11,6 +11,7 @@ import make_tiny_checkpoints
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from common.video import MediaError, load_image, probe_video
@@ -28,9 +29,11 @@ from mvdiffusion.media import (
 )
 from mvdiffusion.models import components
 from mvdiffusion.models.initialise import load_unet
-from mvdiffusion.pipelines import MVDiffusionImagePipeline
+from mvdiffusion.pipelines import MVDiffusionImagePipeline, fixed_cameras, load_pipeline
+from mvdiffusion.pipelines.mvdiffusion_image import released_cameras
 
 VIEWS = ("front", "right", "back", "left")
+REQUIRED = ["--input", "photos", "--output_dir", "out"]
 FEW = ["--num_inference_steps", "2", "--device", "cpu", "--mixed_precision", "no"]
 
 
@@ -207,6 +210,29 @@ def test_other_settings(model, photos, tmp_path):
     assert cameras[1] == ["right", pytest.approx(0), pytest.approx(np.pi / 2)]
 
 
+def test_poses_are_those_of_training(model, checkpoint, tmp_path, caplog):
+    trained = load_pipeline(str(model), cameras=fixed_cameras(VIEWS, "upright"))
+    trained.save_pretrained(tmp_path / "export")
+
+    def cameras(source: Path, *arguments: object) -> list:
+        config = PARSER.parse([*REQUIRED, "--model", str(source), *map(str, arguments)])[0]
+        return infer.load_model(config, PartialState(), torch.float32).config.cameras
+
+    other = ["front", "front_right", "right", "back"]
+    assert cameras(tmp_path / "export", "--views", *other) == fixed_cameras(other, "upright")
+    assert cameras(checkpoint, "--unet", model, "--poses", "upright") == fixed_cameras(VIEWS, "upright")
+    assert caplog.text == ""
+    assert cameras(checkpoint, "--unet", model) == released_cameras(VIEWS)
+    assert "is taken to be trained with tilted poses" in caplog.text and "--poses upright" in caplog.text
+
+
+def test_a_damaged_record_is_named(model, photos, tmp_path):
+    (tmp_path / "out/owl").mkdir(parents=True)
+    (tmp_path / "out/owl/views.json").write_text("{")
+    with pytest.raises(ValueError, match="owl/views.json is damaged, it is no JSON"):
+        run(model, "--input", photos / "owl.png", "--output_dir", tmp_path / "out")
+
+
 def test_weights_of_a_checkpoint(model, checkpoint, photos, tmp_path):
     folder = tmp_path / "checkpoint-5"
     shutil.copytree(model / "unet", folder / "unet")
@@ -255,6 +281,10 @@ def test_settings_and_paths_that_do_not_fit(model, photos, tmp_path, capsys):
         run(model, *arguments, "--resolution", 50)
     with pytest.raises(ValueError, match=r"views names 1 views \(top\), but num_views is 4"):
         run(model, *arguments, "--views", "top")
+    with pytest.raises(ValueError, match="crop_size 65 is above the resolution, 64: the object would not fit"):
+        run(model, *arguments, "--crop_size", 65, "--resolution", 64)
+    with pytest.raises(FileNotFoundError, match="the UNet is looked for in /no/where, no folder and no hub id"):
+        run(model, *arguments, "--unet", "/no/where")
 
 
 def test_help(capsys):

@@ -320,8 +320,8 @@ def test_calls_that_cannot_be(pipeline):
         r"camera_embedding is \(3, 5\), but must have 2 V = 4 rows": {"camera_embedding": torch.zeros(3, 5)},
         "cfg_order is 'both', but must be domain or upstream": {"cfg_order": "both"},
         r"eta is 1.5, but must be in \[0, 1\]": {"eta": 1.5},
-        r"num_steps is 0, but must be in 1..999": {"num_inference_steps": 0},
-        r"num_steps is 1000, but must be in 1..999": {"num_inference_steps": 1000},
+        r"num_inference_steps is 0, but must be in 1..999": {"num_inference_steps": 0},
+        r"num_inference_steps is 1000, but must be in 1..999": {"num_inference_steps": 1000},
     }
     for message, options in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from mvdiffusion.train import main
+from mvdiffusion.config import PARSER, MVData, resolved
+from mvdiffusion.train import conv_in_init, main, validation_background
 
 FOLDER = Path(__file__).parents[2] / "mvdiffusion"
 BIN = Path(sys.executable).parent
@@ -187,7 +188,7 @@ def test_the_original_values_run_on_random_numbers(checkpoint: Path, tmp_path: P
     words = f"--config_path configs/training_config/gnn3d.yaml {' '.join(folders)} --max_train_steps 1".split()
     train(*words, "--output_dir", tmp_path / "run", "--validation_dir", photographs(tmp_path))
     assert [record["kind"] for record in metrics(tmp_path / "run")] == ["train"]  # pictures, but nothing to measure
-    assert (tmp_path / "run/validation/step-000001/cup-cfg2.png").exists()
+    assert (tmp_path / "run/validation/step-000001/photo-cup-cfg2.png").exists()
 
 
 def photographs(folder: Path) -> Path:
@@ -199,6 +200,72 @@ def photographs(folder: Path) -> Path:
     photo.save(folder / "photos" / "cup.png")
     (folder / "photos" / "broken.png").write_bytes(b"no picture")
     return folder / "photos"
+
+
+def test_validation_samples_what_the_loss_trains(flags: list[str], tmp_path: Path) -> None:
+    """A prediction type that replaces the scheduler's own is known to the sampler and to the export."""
+    for kind in ("epsilon", "v_prediction"):
+        train(*flags, "--max_train_steps", "1", "--prediction_type", kind, "--output_dir", tmp_path / kind)
+    one, other = (metrics(tmp_path / kind)[-1] for kind in ("epsilon", "v_prediction"))
+    assert one["kind"] == other["kind"] == "validation" and one["psnr"] != other["psnr"]
+    saved = json.loads((tmp_path / "v_prediction/export/scheduler/scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "v_prediction"
+
+
+def test_bad_held_out_objects_and_photographs_are_left_out(
+    flags: list[str], renders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(renders, tmp_path / "renders")
+    next((tmp_path / "renders").glob("07/*/rgb_000_back.png")).write_bytes(b"no picture")
+    photos = photographs(tmp_path)
+    shutil.copy(photos / "cup.png", photos / "cup.webp")
+    flags += ["--train_data_dir", str(tmp_path / "renders"), "--validation_dir", str(photos), "--max_train_steps", "1"]
+    train(*flags, "--max_validation_items", "2", "--output_dir", tmp_path / "bad")
+    train(*flags, "--max_validation_items", "1", "--output_dir", tmp_path / "good")
+    assert metrics(tmp_path / "bad") == metrics(tmp_path / "good")
+    names = {path.name for path in (tmp_path / "bad/validation/step-000001").iterdir()}
+    assert names == {"000-cfg2.png", "photo-cup-cfg2.png", "photos.png", "sheet.png"}
+    written = capsys.readouterr().err
+    for text in ("a held-out object is left out of this validation: ", "another one is named cup too"):
+        assert text in written
+
+
+def test_views_that_are_not_finite_do_not_end_a_run(
+    flags: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(checkpoint / "unet" / WEIGHTS)
+    weights["conv_out.bias"].fill_(torch.nan)
+    shutil.copytree(checkpoint / "unet", tmp_path / "unet")
+    save_file(weights, tmp_path / "unet" / WEIGHTS)
+    flags += ["--pretrained_unet_path", str(tmp_path / "unet"), "--max_train_steps", "1"]
+    train(*flags, "--output_dir", tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["psnr"] is None
+    assert "after step 1 the views of 000 at guidance 2 are not finite" in capsys.readouterr().err
+
+
+def test_an_object_that_is_not_cached_says_why(flags: list[str], renders: Path, tmp_path: Path) -> None:
+    shutil.copytree(renders, tmp_path / "renders")
+    next((tmp_path / "renders").glob("00/*/rgb_000_back.png")).write_bytes(b"no picture")
+    flags += ["--train_data_dir", str(tmp_path / "renders"), "--cache_latents", str(tmp_path / "cache")]
+    train(*flags, "--max_bad_fraction", "0.5", "--output_dir", tmp_path / "run")
+    (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
+    assert "rgb_000_back.png: has no readable image header" in json.loads(line)["reason"]
+
+
+def test_how_the_first_layer_starts() -> None:
+    for flags, expected in {
+        "": "copy_zero",
+        "--zero_init_conv_in no": "copy_random",
+        "--preset gnn3d": "random",
+        "--preset gnn3d --zero_init_conv_in yes": "copy_zero",
+    }.items():
+        needed = "--pretrained_model_name_or_path somewhere --train_data_dir elsewhere"
+        assert conv_in_init(resolved(PARSER.parse([*needed.split(), *flags.split()])[0])) == expected
+
+
+def test_validation_has_a_background_that_training_knows() -> None:
+    for given, expected in {"three_choices": "white", "black": "black", "gray": "gray", "0.3": "white"}.items():
+        assert validation_background(MVData(bg_color=given)) == expected
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -217,10 +284,21 @@ def test_bad_input_is_told_what_to_change(
     message = refused(capsys, *flags, "--pred_type", "mix", "--cd_attention_mid", "yes")
     assert "cross-domain layers need both" in message
     assert "32 is below the least value 64" in refused(capsys, *flags, "--resolution", "32")
-    assert "no module that is trained has a name that ends" in refused(capsys, *flags, "--trainable_modules", "joint_first")
+    message = refused(capsys, *flags, "--trainable_modules", "joint_first")
+    assert "no module that is trained has a name that ends" in message
     assert "background" in refused(capsys, *flags, "--bg_color", "purple")
     message = refused(capsys, *flags, "--bg_color", "random", "--cache_latents", tmp_path / "cache")
     assert "cannot be listed" in message
     assert "condition_drop_rate 0.5 is above 1/3" in refused(capsys, *flags, "--condition_drop_rate", "0.5")
+    assert "crop_size 65 is above the resolution, 64" in refused(capsys, *flags, "--crop_size", "65")
+    message = refused(capsys, *flags, "--trainable_modules", "joint_mid")
+    assert "tensors are new and trainable_modules does not name them (conv_in.weight" not in message
+    assert "tensors are new and trainable_modules does not name them (class_embedding.linear_1.weight" in message
+    assert "pretrained_unet_path" in message
+    message = refused(capsys, *flags, "--num_inference_steps", "1000")
+    assert "num_inference_steps is 1000, but must be in 1..999" in message
+    (tmp_path / "list.json").write_text("[1]")
+    message = refused(capsys, *flags, "--pretrained_config_path_unet", tmp_path / "list.json")
+    assert "list.json must hold a mapping in braces, it holds a list" in message
     assert "no vae" in refused(capsys, *flags, "--pretrained_path_vae", checkpoint / "unet")
     assert not (tmp_path / "run" / "export").exists()

@@ -17,6 +17,7 @@ from common.doctor import Item, Result, scan
 from common.video import write_video
 from mvdiffusion.data.mvds import find_objects
 from mvdiffusion.data.poses import VIEW_LISTS, fixed_poses
+from training_ggi.data import read_scenes
 from vae.data import list_videos
 
 ROOT = Path(__file__).parents[2]
@@ -284,11 +285,12 @@ def test_reasons_are_grouped_without_files_and_numbers():
         ),
         (
             ["videos", ".", "--data_root", "x"],
-            "doctor: --data_root is for pairs and views; the clips of videos are searched in PATH itself\n",
+            "doctor: --data_root is for pairs, views and scenes; the clips of videos are searched in PATH itself\n",
         ),
         (["videos", ".", "--processes", "0"], "doctor: --processes is 0, but must be at least 1\n"),
         (["videos", ".", "--min_frames", "0"], "doctor: --min_frames is 0, but must be at least 1\n"),
         (["pairs", "x.json", "--min_side_px", "64"], "doctor: --min_side_px is for videos\n"),
+        (["views", "x", "--min_frames", "2"], "doctor: --min_frames is for videos and scenes\n"),
         (["videos", ".", "--num_views", "2"], "doctor: --num_views is for views\n"),
         (["videos", ".", "--timeout_s", "-2"], "doctor: --timeout_s is -2, but must be above 0 and finite\n"),
     ],
@@ -313,7 +315,10 @@ def test_an_unknown_kind_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         doctor.main(["audio", "."])
     assert caught.value.code == 2
-    assert "argument KIND: invalid choice: 'audio' (choose from 'pairs', 'videos', 'views')" in capsys.readouterr().err
+    assert (
+        "argument KIND: invalid choice: 'audio' (choose from 'pairs', 'videos', 'views', 'scenes')"
+        in capsys.readouterr().err
+    )
 
 
 # The kinds
@@ -440,6 +445,59 @@ def test_views_in_the_wrong_place(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"doctor: {tmp_path}/none (from ")
     assert doctor.main(["views", str(tmp_path), "--num_views", "7"]) == 2
     assert capsys.readouterr().err.startswith("doctor: num_views is 7, which has no list of its own (only 1, 2, 3, ")
+
+
+def test_scenes(tmp_path, capsys):
+    root, out = tmp_path / "datasets", tmp_path / "out"
+    scenes = {name: root / "DL3DV-10K" / "1K" / name for name in ("good", "jpeg", "short", "mixed", "cut", "flipped")}
+    for name, folder in scenes.items():
+        suffix = "jpg" if name == "jpeg" else "png"
+        for number in range(4 if name == "short" else 6):
+            save(folder / "images_2" / f"frame_{number + 1:05d}.{suffix}", 48, 32)
+    images = {name: folder / "images_2" / "frame_00002.png" for name, folder in scenes.items()}
+    save(images["mixed"], 32, 48)
+    images["cut"].write_bytes(images["cut"].read_bytes()[:1000])
+    flipped = bytearray(images["flipped"].read_bytes())
+    flipped[500] ^= 1
+    images["flipped"].write_bytes(flipped)
+    (root / "DL3DV-10K/2K/none").mkdir(parents=True)
+    (root / "DL3DV-10K/2K/two/images_4").mkdir(parents=True)
+    (root / "DL3DV-10K/2K/two/images_8").mkdir()
+    (root / "captions.json").write_text('{"good": "a room"}')
+    command = ["scenes", str(root), "--min_frames", "5", "--output", str(out)]
+    assert doctor.main(command) == 1
+    assert (out / "allow-list.txt").read_text() == "DL3DV-10K/1K/good\nDL3DV-10K/1K/jpeg\n"
+    assert capsys.readouterr().out.endswith(
+        f"1 of the usable scenes have no caption in {root}/captions.json, the first is DL3DV-10K/1K/jpeg: "
+        "scripts/caption_dl3dv.py adds them\n"
+    )
+    report = json.loads((out / "report.json").read_text())
+    reasons = {item["name"].rpartition("/")[2]: item["reason"] for item in report["unusable_items"]}
+    assert list(reasons) == ["cut", "flipped", "mixed", "short", "none", "two"]
+    for name in ("cut", "flipped"):
+        assert reasons[name].startswith(f"{images[name]}: cannot be read as an image (")
+    assert reasons["mixed"] == f"{images['mixed']}: is 32x48 px, but frame_00001.png is 48x32 px"
+    assert reasons["short"] == f"{images['short'].parent}: the number of its frames is 4, but --min_frames is 5"
+    assert reasons["none"] == f"{root}/DL3DV-10K/2K/none: holds no folder images_2"
+    assert reasons["two"].endswith("two: holds no folder images_2, but images_4 and images_8: choose one with "
+                                   "data.image_folder")  # fmt: skip
+    assert {"reason": "FILE: is N px, but frame_00001.png is N px", "items": 1} in report["reasons"]
+    # The list is one for the trainer, and can be looked at again.
+    assert [scene.scene_id for scene in read_scenes(root, out / "allow-list.txt").train] == ["good", "jpeg"]
+    listed = ["scenes", str(out / "allow-list.txt"), "--data_root", str(root), "--output", str(tmp_path / "again")]
+    assert doctor.main(listed) == 1  # by default a scene needs 46 frames
+    assert doctor.main([*listed, "--min_frames", "6"]) == 0
+    before = (out / "results.jsonl").stat().st_size
+    assert doctor.main(command) == 1 and (out / "results.jsonl").stat().st_size == before
+    images["cut"].unlink()
+    assert doctor.main(command) == 1 and "1K/cut\n" in (out / "allow-list.txt").read_text()
+
+
+def test_scenes_in_the_wrong_place(tmp_path, capsys):
+    assert doctor.main(["scenes", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith(f"doctor: {tmp_path}/none (from ")
+    assert doctor.main(["scenes", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"doctor: {tmp_path} holds no scenes; their images must be in DL3DV-10K/")
 
 
 @pytest.fixture(scope="module")

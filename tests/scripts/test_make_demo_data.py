@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from common.video import probe_video, read_frames
 from diffnext.media import SourceConfig, read_items
+from training_ggi.data import SceneDataset, read_scenes
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 
@@ -279,3 +281,54 @@ def test_missing_renderer_is_named(monkeypatch, tmp_path):
         ModuleNotFoundError, match=r"rendering needs pyvista(\.plotting)?: pip install -e '\.\[render\]'"
     ):
         make_demo_data.make_mvdiffusion_data(tmp_path)
+
+
+# training_ggi ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ggi_root(tmp_path_factory) -> Path:
+    return make_demo_data.make_ggi_data(tmp_path_factory.mktemp("data") / "ggi")
+
+
+def test_scenes_are_read_by_the_trainer(ggi_root):
+    scenes = read_scenes(ggi_root, num_validation_scenes=1)
+    everything = [*scenes.train, *scenes.validation]
+    assert [len(scene.images()) for scene in everything] == [row[2] for row in make_demo_data.GGI_SCENES]
+    assert all(re.fullmatch(r"DL3DV-10K/1K/[0-9a-f]{64}", scene.name) for scene in everything)
+    assert scenes.validation[0].prompt == "a cup of coffee" and scenes.train[0].prompt == "a motorcycle"
+    sample = SceneDataset(scenes.train, height_px=128, width_px=192).sample(3, np.random.default_rng(0))
+    assert sample["frames"].shape == (46, 128, 192, 3) and sample["frames"].std() > 20
+
+
+@pytest.mark.parametrize("index", range(len(make_demo_data.GGI_SCENES)))
+def test_the_flow_leads_from_each_frame_to_the_next(ggi_root, index):
+    scene = read_scenes(ggi_root).train[index]
+    flow = np.load(ggi_root / "flow" / f"{scene.scene_id}.npy").astype(np.float32)
+    frames = [pixels(path).astype(np.float32) for path in scene.images()]
+    width, height = make_demo_data.GGI_SIZE_PX
+    assert flow.shape == (len(frames) - 1, 2, height, width) and 1 < np.abs(flow).max() < 12
+    rows, columns = np.mgrid[:height, :width]
+    for number in range(0, len(flow), 6):
+        x, y = columns + flow[number, 0], rows + flow[number, 1]
+        inside = (x >= 0) & (y >= 0) & (x < width - 1) & (y < height - 1)
+        assert inside.mean() > 0.9
+        x, y = x.clip(0, width - 1.001), y.clip(0, height - 1.001)
+        left, top = x.astype(int), y.astype(int)
+        (right_share, lower_share), following = ((x - left)[..., None], (y - top)[..., None]), frames[number + 1]
+        upper = following[top, left] * (1 - right_share) + following[top, left + 1] * right_share
+        lower = following[top + 1, left] * (1 - right_share) + following[top + 1, left + 1] * right_share
+        moved = upper * (1 - lower_share) + lower * lower_share  # (H, W, 3)
+        errors = np.abs(moved - frames[number]).mean(2)[inside]
+        still = np.abs(following - frames[number]).mean(2)[inside]
+        assert np.median(errors) < 4 and (errors.mean() < 0.3 * still.mean() or still.mean() < 8), number
+
+
+def test_the_same_seed_gives_the_same_scenes(ggi_root, monkeypatch, tmp_path):
+    monkeypatch.setattr(make_demo_data, "GGI_SCENES", make_demo_data.GGI_SCENES[:1])
+    again, other = (make_demo_data.make_ggi_data(tmp_path / str(seed), seed) for seed in (0, 1))
+    path = read_scenes(again).train[0].images()[20].relative_to(again)
+    assert np.array_equal(pixels(again / path), pixels(ggi_root / path))
+    assert not np.array_equal(pixels(other / path), pixels(ggi_root / path))
+    make_demo_data.main(["--output", str(tmp_path), "--only", "training_ggi"])
+    assert np.array_equal(pixels(tmp_path / "training_ggi" / path), pixels(ggi_root / path))

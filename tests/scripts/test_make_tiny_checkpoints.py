@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    CogVideoXImageToVideoPipeline,
     DDIMScheduler,
     StableDiffusionImageVariationPipeline,
     StableUnCLIPImg2ImgPipeline,
@@ -19,6 +20,10 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from diffnext.models.autoencoders import load_autoencoder
+from training_ggi.models.base_lora import fuse, read_lora_file
+from training_ggi.models.edges import edge_clip, load_hed, load_midas
+from training_ggi.models.raft import clip_flow, load_raft
+from training_ggi.models.transformer import check_video_size, load_transformer
 
 SHARED = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[3] / "shared"))
 KEYS_JSON = SHARED / "specs" / "keys" / "sd21_unclip_unet8.json"
@@ -298,3 +303,84 @@ def test_object_pictures_show_unit_normals_and_photographs_on_even_backgrounds()
         assert 0.04 < inside.float().mean() < 0.7
         if index % 2 == 0:
             assert torch.allclose(picture[0].norm(dim=0)[inside], torch.ones(()), atol=1e-5)
+
+
+# training_ggi
+
+
+@pytest.fixture(scope="module")
+def cogvideox(tmp_path_factory) -> Path:
+    return make_tiny_checkpoints.make_ggi_checkpoint(tmp_path_factory.mktemp("tiny") / "cogvideox")
+
+
+def test_image_to_video_pipeline_runs(cogvideox):
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(cogvideox)
+    pipeline.set_progress_bar_config(disable=True)
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    settings = dict(height=64, width=96, num_frames=17, num_inference_steps=2, output_type="np")
+    frames = pipeline(photograph, "a room", **settings).frames
+    assert frames.shape == (1, 17, 64, 96, 3) and np.isfinite(frames).all()
+    assert sum(parameter.numel() for parameter in pipeline.transformer.parameters()) == 323_968
+    tokens = pipeline.tokenizer("a b\u00e9", padding="max_length", max_length=226, truncation=True).input_ids
+    assert pipeline.tokenizer.convert_ids_to_tokens(tokens[:6]) == ["\u2581", "a", "\u2581", "b", "<unk>", "</s>"]
+    assert tokens[6:] == [0] * 220
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(torch.rand(1, 3, 5, 64, 96) * 2 - 1).latent_dist
+    assert posterior.mean.shape == (1, 16, 2, 8, 12) and 0.5 < 0.7 * posterior.mean.std() < 1.5
+    assert (posterior.logvar == -8).all()
+
+
+def test_cogvideox_weights_follow_from_the_seed(cogvideox, tmp_path):
+    torch.manual_seed(1234)
+    again = files_of(make_tiny_checkpoints.make_ggi_checkpoint(tmp_path / "again"))
+    other = files_of(make_tiny_checkpoints.make_ggi_checkpoint(tmp_path / "other", seed=1))
+    assert again == files_of(cogvideox)
+    assert {name for name in again if again[name] != other[name]} == {n for n in again if n.endswith(".safetensors")}
+    assert {"tokenizer/tokenizer.json", "text_encoder/model-00002-of-00002.safetensors"} < set(again)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("ggi_cogvideox5b_i2v_transformer_in32", "transformer/diffusion_pytorch_model.safetensors"),
+        ("ggi_cogvideox_vae", "vae/diffusion_pytorch_model.safetensors"),
+        ("ggi_base_lora_file_r2048", make_tiny_checkpoints.GGI_BASE_LORA),
+        ("ggi_raft_large", make_tiny_checkpoints.GGI_FLOW),
+        ("ggi_hed_annotator", make_tiny_checkpoints.GGI_EDGES),
+    ],
+)
+def test_ggi_keys_are_those_of_the_released_files_but_for_the_depth(name, file, cogvideox):
+    expected = SHARED / "specs" / "keys" / f"{name}.json"
+    if not expected.is_file():
+        pytest.skip(f"no key list of the released file at {expected}")
+    without_depth = {re.sub(r"r_blocks\.\d+", "r_blocks.N", key) for key in json.loads(expected.read_text())}
+    assert {re.sub(r"r_blocks\.\d+", "r_blocks.N", key) for key in keys_of(cogvideox / file)} == without_depth
+
+
+def test_the_trainer_reads_the_miniatures(cogvideox, tmp_path):
+    transformer = load_transformer(cogvideox, torch_dtype=torch.float32)
+    assert check_video_size(transformer, 17, 64, 96) == (5, 8, 12)
+    lora = read_lora_file(cogvideox / make_tiny_checkpoints.GGI_BASE_LORA, transformer)
+    assert (lora.rank, lora.scale, lora.dtype) == (8, 1.0, torch.bfloat16)
+    fuse(transformer, lora)
+    larger = make_tiny_checkpoints.make_ggi_checkpoint(tmp_path, num_frames=49, height_px=256, width_px=384)
+    assert check_video_size(load_transformer(larger), 49, 256, 384) == (13, 32, 48)
+
+
+def test_the_annotators_draw_edges_and_see_hardly_any_motion(cogvideox):
+    frames = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
+    frames[:, :, 40:] = 200
+    hed = load_hed(cogvideox / make_tiny_checkpoints.GGI_EDGES)
+    edges = edge_clip("hed", frames, hed, detect_resolution=64)  # (2, 64, 96)
+    assert edges[:, 2:-2, 39:41].min() > 240 and edges[:, 2:-2, 3:37].max() < 10 and edges[:, 2:-2, 43:-3].max() < 10
+    midas = load_midas(cogvideox / make_tiny_checkpoints.GGI_DEPTH)
+    assert edge_clip("depth_hed", frames, hed, midas, detect_resolution=64).shape == (2, 64, 96)
+    raft = load_raft(cogvideox / make_tiny_checkpoints.GGI_FLOW)
+    flow = clip_flow(raft, torch.rand(1, 2, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    assert flow.isfinite().all() and 0 < flow.abs().max() < 8
+
+
+def test_command_line_writes_cogvideox(tmp_path, capsys):
+    make_tiny_checkpoints.main(["--output", str(tmp_path), "--only", "training_ggi"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "training_ggi")
+    assert (tmp_path / "training_ggi" / "model_index.json").is_file()

@@ -308,7 +308,7 @@ def test_layout_of_the_output(quick: None, meshes: Path, tmp_path: Path) -> None
     assert json.loads((output / "report.json").read_text()) == {}
     image = rgba(output, "aa", "front", suffix="webp")
     mask = np.asarray(Image.open(output / "aa" / "aa" / "mask_000_front.webp").convert("L"))
-    assert np.array_equal(mask > 127, image[..., 3] > 0)
+    assert np.array_equal(mask, np.where(image[..., 3] > 0, 255, 0))  # without loss: whatever is not 0 is object
     assert np.loadtxt(output / "aa" / "aa" / "scale_offset_matrix.txt") == pytest.approx([3**-0.5, 0, 0, 0, 1.35])
 
 
@@ -326,6 +326,7 @@ def test_bad_meshes_are_reported_and_the_others_rendered(quick: None, meshes: Pa
     assert bad["aa.ply"] == bad["more/aa.stl"] == "2 meshes have the uid aa: rename all but one"
     assert bad["flat.ply"].endswith("flat.ply: nothing is seen in the view front: the mesh is flat")
     assert bad["points.ply"].endswith("points.ply: holds no triangles")
+    assert "nonsense.glb: cannot be read as a mesh (" in bad["nonsense.glb"]
     assert bad["nan.ply"].endswith("nan.ply: some coordinates are not finite")
     assert bad["nothing.ply"] == "the diagonal of its bounding box is 0; it must be from 1e-12 to 1e12"
     assert json.loads((output / "objects.json").read_text()) == ["ab", "b"]

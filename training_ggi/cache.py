@@ -1,0 +1,133 @@
+"""Clips prepared once: what the frozen networks make of fixed cuts, instead of these networks in every step.
+
+Training on them has the loss that it has on raw frames with the same settings.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from common.cache import Cache, digest_of_files, digest_of_weights
+from common.data import BAD_SAMPLE_ERRORS
+from common.runtime import Processes, StopSignal
+from training_ggi.config import GGIConfig
+from training_ggi.data import SceneDataset
+from training_ggi.front_end import FrontEnd, warped_noise
+from training_ggi.task import set_seed
+
+logger = logging.getLogger(__name__)
+
+
+class FixedCuts:
+    """A data set that draws from a fixed number of cuts of every scene."""
+
+    def __init__(self, dataset: SceneDataset, cuts_per_scene: int):
+        self.dataset, self.cuts_per_scene = dataset, cuts_per_scene
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def files_of(self, index: int) -> list:
+        return self.dataset.files_of(index)
+
+    def draw_place(self, rng: np.random.Generator) -> int:
+        """Which of the cuts."""
+        return int(rng.integers(self.cuts_per_scene))
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """As `SceneDataset.sample`, and `cut`, the place among the fixed cuts."""
+        place = self.draw_place(rng)
+        return {**self.dataset.item(index, self.dataset.cuts(index, self.cuts_per_scene)[place]), "cut": place}
+
+
+class PreparedClips:
+    """A data set that reads prepared clips; it draws the same cut as `FixedCuts` does from the same rng."""
+
+    def __init__(self, clips: FixedCuts, cache: Cache, noise_sets: int | None):
+        self.clips, self.cache, self.noise_sets = clips, cache, noise_sets
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def files_of(self, index: int) -> list:
+        return self.clips.files_of(index)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """What `FrontEnd.encode` returns, for one clip; `cut`; with noise sets `noise_sets` (S, F', 16, h, w)."""
+        place = self.clips.draw_place(rng)
+        entry: Mapping[str, Any] = self.cache.load(key_of(self.clips.dataset, index, place))
+        return {**entry, "cut": place}
+
+
+def fingerprint(front_end: FrontEnd, config: GGIConfig, dataset: SceneDataset) -> dict[str, Any]:
+    """What the prepared values follow from, beside the images themselves."""
+    networks = {name: getattr(front_end, name) for name in ("vae", "text_encoder", "raft", "hed", "midas")}
+    return {
+        "format": 1,
+        **{f"{name}_sha256": digest_of_weights(network) for name, network in networks.items() if network is not None},
+        "precision": str(front_end.vae.dtype),
+        "tiling": config.model.enable_tiling,
+        "use_captions": config.data.use_captions,
+        **{k: v for k, v in dataset.fingerprint().items() if k not in ("num_items", "scenes_sha256")},
+        **{name: getattr(config.data, name) for name in ("cond", "clipwise_depth", "detect_resolution", "noise_sets")},
+        "noise": [config.run.seed, config.loss.flow_scale, config.loss.oob] if config.data.noise_sets else None,
+    }
+
+
+def key_of(dataset: SceneDataset, index: int, place: int) -> str:
+    """Name of an entry; changes with the scene's images and prompt."""
+    scene = dataset.scenes[index]
+    facts = f"{digest_of_files(*scene.images())} {scene.prompt} {place}"
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def build(
+    clips: FixedCuts,
+    front_end: FrontEnd,
+    config: GGIConfig,
+    num_latent_frames: int,
+    processes: Processes,
+    stop: StopSignal,
+) -> PreparedClips:
+    """Prepares every cut that is not in the folder yet, the scenes split over the processes.
+
+    Scenes that cannot be read are left out here, and replaced in training as bad samples are.
+
+    Raises:
+        CacheError: the folder was made with other networks or settings.
+        StopRequested: the run was asked to stop; what is prepared stays.
+    """
+    dataset, sets = clips.dataset, config.data.noise_sets
+    cache = Cache(str(config.data.cache_latents), fingerprint(front_end, config, dataset))
+    mine = -(-(len(dataset) - processes.process_index) // processes.num_processes)  # scenes of this process
+    bar = {"desc": "preparing clips", "unit": "scene", "disable": not processes.is_main_process}
+    for index in tqdm(stop.share(len(dataset)), total=mine, **bar):
+        for place in range(clips.cuts_per_scene):
+            try:
+                key = key_of(dataset, index, place)
+                if key in cache:
+                    continue
+                item = dataset.item(index, dataset.cuts(index, clips.cuts_per_scene)[place])
+            except BAD_SAMPLE_ERRORS as error:
+                logger.warning("scene %d is not prepared: %s", index, error)
+                break
+            entry = prepare(front_end, item)
+            if sets:
+                seeds = [set_seed(int(config.run.seed or 0), index, place, number) for number in range(sets)]
+                flow = entry["flow"].to(front_end.vae.device).expand(sets, *entry["flow"].shape)
+                entry["noise_sets"] = warped_noise(flow, seeds, num_latent_frames, config.loss)
+            cache.save(key, entry)
+    processes.wait_for_everyone()
+    return PreparedClips(clips, cache, sets)
+
+
+def prepare(front_end: FrontEnd, item: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entry of one clip."""
+    frames = torch.from_numpy(item["frames"])[None].to(front_end.vae.device)
+    return {name: value[0] for name, value in front_end.encode(frames, [item["prompt"]]).items()}

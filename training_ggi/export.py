@@ -1,0 +1,150 @@
+"""Converts trained weights for other programs; `--help` lists all settings.
+
+    python -m training_ggi.export --format upstream --run log --output_dir checkpoints/checkpoint-10000
+    python -m training_ggi.export --format diffusers --run log/checkpoint-5000 --output_dir small
+
+`upstream` is what the original's inference reads: `transformer/` with all weights, the base LoRA beside them.
+`diffusers` is the small folder that training exports: the LoRA, for `load_lora_weights`, and the input projection.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common.config import Parser, folder_or_id, option
+from common.runtime import clear_errors, quiet_libraries
+from training_ggi.models.base_lora import BASE_ADAPTER
+from training_ggi.models.results import LORA_NAME, PROJECTION_NAME, WEIGHTS_STEM, export_upstream, save_result
+from training_ggi.trained import RAW, Trained, base_lora_of, find_trained, load_trained
+
+logger = logging.getLogger(__name__)
+
+ORIGINAL_RANK = 2048
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportData:
+    format: Literal["upstream", "diffusers"] | None = option(
+        None, "the original's folder with all weights, or the LoRA and the input projection; required"
+    )
+    run: str | None = option(
+        None, "a run's folder (its export, else its newest checkpoint), its export or a checkpoint of it; required"
+    )
+    output_dir: str | None = option(None, "folder for the result; required")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "type of the weights", needs="format=upstream")
+    use_ema: bool = option(False, "of a checkpoint take the averaged weights")
+    overwrite: bool = option(False, "replace a result that is there already")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportModel:
+    base: str | None = option(None, "base model, folder or hub id; null is what the run was trained on")
+    base_lora: str | None = option(None, "LoRA of Go-with-the-Flow; null is what the run was trained on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    export: ExportData = field(default_factory=ExportData)
+    model: ExportModel = field(default_factory=ExportModel)
+
+
+def check(config: ExportConfig) -> list[str]:
+    """Problems between sections, one sentence each."""
+    required = {
+        "--format is required: upstream or diffusers": config.export.format,
+        "--run is required: a run's folder, its export or one of its checkpoints": config.export.run,
+        "--output_dir is required: a folder for the result": config.export.output_dir,
+    }
+    return [sentence for sentence, value in required.items() if not value]
+
+
+PARSER = Parser(
+    ExportConfig,
+    aliases={"pretrained_model_name_or_path": "model.base", "base_lora_path": "model.base_lora"},
+    check=check,
+    program="export.py",
+    description="Converts trained weights for the original's inference, or for diffusers.",
+)
+
+
+def export(config: ExportConfig) -> Path:
+    """Writes the result; returns its folder.
+
+    Raises:
+        FileNotFoundError, CheckpointError: weights are missing or damaged.
+        ValueError: they cannot have this format, or there is a result already.
+    """
+    wanted = config.export
+    trained = find_trained(
+        str(wanted.run), use_ema=wanted.use_ema, base=config.model.base, base_lora=config.model.base_lora
+    )
+    if wanted.format == "diffusers" and trained.mode == "full":
+        raise ValueError(
+            f"{trained.folder} holds all weights of the transformer, as train_mode full changes them: that is no LoRA. "
+            "Use --format upstream"
+        )
+    is_upstream = wanted.format == "upstream"
+    folder = Path(str(wanted.output_dir)) / (RAW if is_upstream else "")
+    if not wanted.overwrite and any((folder / name).exists() for name in ("config.json", LORA_NAME)):
+        raise ValueError(f"{folder} holds weights already: give another --output_dir, or --overwrite true")
+    unfinished = folder / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that was cut short
+    unfinished.mkdir(parents=True)
+    if is_upstream:
+        write_upstream(trained, unfinished, DTYPES[wanted.dtype])
+    else:
+        write_diffusers(trained, unfinished)
+    for old in folder.glob(f"{WEIGHTS_STEM}*"):  # shards that the new weights may not have
+        old.unlink()
+    for path in sorted(unfinished.iterdir(), reverse=True):
+        os.replace(path, folder / path.name)
+    unfinished.rmdir()
+    return folder
+
+
+def write_upstream(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
+    """The original's folder."""
+    transformer, model = load_trained(trained, dtype), trained.model
+    if trained.mode == "lora":
+        lora, base = base_lora_of(trained, transformer), folder_or_id(model.pretrained_model_name_or_path)
+        export_upstream(transformer, folder, base=base, revision=model.revision, base_lora=lora, dtype=dtype)
+        rank = lora.rank
+    else:
+        export_upstream(transformer, folder, dtype=dtype)
+        rank = transformer.peft_config[BASE_ADAPTER].r
+    if rank != ORIGINAL_RANK:
+        logger.warning("the base LoRA has rank %d: the original's inference reads rank %d alone", rank, ORIGINAL_RANK)
+    if not transformer.config.use_learned_positional_embeddings:
+        logger.warning("the transformer has no learned position table, without which the original's cannot read it")
+
+
+def write_diffusers(trained: Trained, folder: Path) -> None:
+    """The LoRA and the input projection, in the type in which they trained."""
+    if trained.kind == "small":
+        for name in (LORA_NAME, PROJECTION_NAME):
+            shutil.copyfile(trained.folder / name, folder / name)
+    else:
+        save_result(load_trained(trained, torch.bfloat16), folder, trained.mode)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Converts as the command line says; see `--help`."""
+    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
+    quiet_libraries()
+    for warning in warnings:
+        logger.warning("%s", warning)
+    with clear_errors():
+        print(f"written: {export(config)}")
+
+
+if __name__ == "__main__":
+    main()

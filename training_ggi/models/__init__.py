@@ -1,0 +1,1 @@
+"""Networks and maths: noise warp, optical flow, edges, the transformer and its LoRAs, the objective."""

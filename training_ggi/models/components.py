@@ -1,0 +1,159 @@
+"""The frozen parts of CogVideoX-5B-I2V beside its transformer: VAE, T5 with its tokenizer, noise schedule.
+
+They are loaded one by one, as not all of them are needed at once.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from training_ggi.models.transformer import LATENT_PX
+
+PROMPT_TOKENS = 226
+
+
+def load_vae(
+    path_or_id: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    *,
+    tiling: bool = False,
+    slicing: bool = False,
+) -> AutoencoderKLCogVideoX:
+    """The VAE in float32, frozen, in eval mode.
+
+    Args:
+        path_or_id: folder of the base model, or its id on the hub; so in all functions of this kind.
+        tiling: work in overlapping tiles of half the size: a fraction of the memory, slightly other results.
+        slicing: work on one clip at a time.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    load = AutoencoderKLCogVideoX.from_pretrained
+    vae = _load(load, "VAE", path_or_id, "vae", revision, cache_dir, variant=variant)
+    if tiling:
+        vae.enable_tiling()
+    if slicing:
+        vae.enable_slicing()
+    return vae.eval().requires_grad_(False)
+
+
+def load_text_encoder(
+    path_or_id: str, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
+) -> T5EncoderModel:
+    """T5 in the precision of its file, frozen, in eval mode; FileNotFoundError if it is not there."""
+    load, options = T5EncoderModel.from_pretrained, {"variant": variant, "dtype": "auto"}
+    encoder = _load(load, "text encoder", path_or_id, "text_encoder", revision, cache_dir, **options)
+    return encoder.eval().requires_grad_(False)
+
+
+def load_tokenizer(
+    path_or_id: str, revision: str | None = None, cache_dir: str | None = None
+) -> PreTrainedTokenizerBase:
+    """T5's tokenizer.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read, e.g. for want of the package sentencepiece.
+    """
+    try:
+        return _load(AutoTokenizer.from_pretrained, "tokenizer", path_or_id, "tokenizer", revision, cache_dir)
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"the tokenizer of {path_or_id} cannot be read ({_first_line(error)}): a spiece.model needs the package "
+            "sentencepiece (pip install sentencepiece)"
+        ) from error
+
+
+def load_scheduler_config(path_or_id: str, revision: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """The checkpoint's `scheduler_config.json`; FileNotFoundError if it is not there."""
+    load = CogVideoXDDIMScheduler.load_config  # of any scheduler's file
+    return dict(_load(load, "scheduler", path_or_id, "scheduler", revision, cache_dir))
+
+
+def _load(
+    load: Callable[..., Any],
+    what: str,
+    path_or_id: str,
+    subfolder: str,
+    revision: str | None,
+    cache_dir: str | None,
+    **options: Any,
+) -> Any:
+    root = Path(path_or_id)
+    folder = root / subfolder
+    if root.is_dir() and not folder.is_dir():
+        found = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
+        raise FileNotFoundError(f"the {what} is looked for in {folder}, but {root} has no {subfolder}; it has {found}")
+    if not root.is_dir() and (root.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") > 1):
+        raise FileNotFoundError(f"the folder {path_or_id}, where the {what} is looked for, does not exist")
+    hub = {} if root.is_dir() else {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder}
+    try:
+        return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
+    except OSError as error:
+        where = folder if root.is_dir() else f"{path_or_id}, which is no folder and perhaps no hub id within reach,"
+        raise FileNotFoundError(f"the {what} cannot be loaded from {where} ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@torch.no_grad()
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: T5EncoderModel,
+    prompts: Sequence[str],
+    max_tokens: int = PROMPT_TOKENS,
+) -> Tensor:
+    """T5's answers, (B, max_tokens, D) in its precision and on its device.
+
+    Prompts are padded or cut to `max_tokens`. There is no attention mask: padding is attended to, as CogVideoX does.
+    """
+    tokens = tokenizer(
+        list(prompts), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
+    ).input_ids  # (B, max_tokens)
+    return text_encoder(tokens.to(text_encoder.device)).last_hidden_state  # (B, max_tokens, D)
+
+
+@torch.no_grad()
+def video_moments(vae: AutoencoderKLCogVideoX, clip: Tensor, batch_size: int | None = None) -> Tensor:
+    """Moments of the posterior, mean then log variance, unscaled and not clamped.
+
+    Args:
+        clip: (B, F, 3, H, W) in [-1, 1], F = 1 or 4 k + 1.
+        batch_size: clips at a time; None is all.
+
+    Returns:
+        (B, 2 C, F', H / 8, W / 8) float32, F' = (F - 1) / 4 + 1.
+
+    Raises:
+        ValueError: the VAE's tiles do not fit the frames.
+    """
+    videos = clip.transpose(1, 2).to(vae.device, vae.dtype)  # (B, 3, F, H, W)
+    parts = [vae.encode(part).latent_dist.parameters.float() for part in videos.split(batch_size or len(videos))]
+    moments = torch.cat(parts)  # (B, 2 C, F', h, w)
+    expected = tuple(side // LATENT_PX for side in clip.shape[-2:])
+    if moments.shape[-2:] != expected:  # tiles of sizes that diffusers does not foresee overlap wrongly
+        raise ValueError(
+            f"the VAE makes latents of {tuple(moments.shape[-2:])} of frames of {tuple(clip.shape[-2:])} (height, "
+            f"width), not {expected}: its tiles do not fit them. Set enable_tiling to false"
+        )
+    return moments
+
+
+@torch.no_grad()
+def decode_video(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
+    """Clips of scaled latents: (B, F', C, h, w) -> (B, F, 3, H, W) float32 in [0, 1], F = 4 (F' - 1) + 1."""
+    unscaled = (latents.float() / vae.config.scaling_factor).transpose(1, 2)  # (B, C, F', h, w)
+    videos = vae.decode(unscaled.to(vae.device, vae.dtype), return_dict=False)[0]  # (B, 3, F, H, W)
+    # Of an even number of latent frames, the VAE makes four frames of the first one instead of one.
+    num_frames = 4 * (latents.shape[1] - 1) + 1
+    return (videos[:, :, -num_frames:].float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)  # (B, F, 3, H, W)
