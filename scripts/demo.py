@@ -370,7 +370,8 @@ VIEWS_PHOTOS = ("cup", "rocket")
 
 def views_training(places: Places) -> list[str]:
     """A network of 0.7 M weights, most of them random, at a higher rate than the pretrained one of 910 M would bear."""
-    command = [sys.executable, str(ROOT / "mvdiffusion" / "train_image_variation.py")]
+    command = [str(BIN / "accelerate"), "launch", "--num_processes", "1"]
+    command += [str(ROOT / "mvdiffusion" / "train_image_variation.py")]
     command += ["--pretrained_model_name_or_path", str(places.checkpoint), "--pretrained_config_path_unet", "null"]
     command += ["--train_data_dir", "views", "--resolution", "64", "--num_validation_samples", "4"]
     command += ["--output_dir", str(places.run), "--max_train_steps", str(VIEWS_STEPS), "--validation_steps", "350"]
@@ -379,7 +380,7 @@ def views_training(places: Places) -> list[str]:
     command += ["--ema_decay", "0.99", "--prediction_type", "v_prediction", "--gradient_checkpointing", "no"]
     command += ["--bg_color", "white", "--cache_latents", str(places.run / "cache"), "--validation_dir", "photos"]
     command += ["--validation_guidance_scale", "1.5", "--num_inference_steps", "10", "--checkpoints_total_limit", "2"]
-    return [*command, "--checkpointing_steps", "350", "--dataloader_num_workers", "0", "--report_to", "none"]
+    return [*command, "--checkpointing_steps", "700", "--dataloader_num_workers", "0", "--report_to", "none"]
 
 
 def views_inference(places: Places) -> dict[str, list[str]]:

@@ -73,6 +73,7 @@ def commands_of(guide: Path) -> list[Documented]:
     found, text = [], guide.read_text(encoding="utf-8")
     for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.M | re.S):
         folder = ROOT if FROM_THE_ROOT in text else guide.parent
+        block = re.sub(r"\$\{NUM_GPU\}", "2", block)
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
                 words = shlex.split(command, comments=True)
@@ -114,7 +115,8 @@ def _problems_of_launch(command: Documented, rest: list[str]) -> list[str]:
     missing = []
     if launched.config_file and not (command.folder / launched.config_file).is_file():
         missing = [f"{launched.config_file} does not exist in {command.folder}"]
-    return missing + _problems_of_python(command, [launched.training_script, *launched.training_script_args])
+    module = ["-m"] if launched.module else []
+    return missing + _problems_of_python(command, [*module, launched.training_script, *launched.training_script_args])
 
 
 def _problems_of_python(command: Documented, rest: list[str]) -> list[str]:

@@ -1,9 +1,9 @@
 """Converts trained weights for other programs; `--help` lists all settings.
 
-    python -m training_ggi.export --format upstream --run log --output_dir checkpoints/checkpoint-10000
+    python -m training_ggi.export --format upstream --run log --output_dir checkpoints/checkpoint-1/transformer
     python -m training_ggi.export --format diffusers --run log/checkpoint-5000 --output_dir small
 
-`upstream` is what the original's inference reads: `transformer/` with all weights, the base LoRA beside them.
+`upstream` is what the original's inference reads: the folder `transformer` with all weights, the base LoRA beside them.
 `diffusers` is the small folder that training exports: the LoRA, for `load_lora_weights`, and the input projection.
 """
 
@@ -22,7 +22,7 @@ from common.config import Parser, folder_or_id, option
 from common.runtime import clear_errors, quiet_libraries
 from training_ggi.models.base_lora import BASE_ADAPTER
 from training_ggi.models.results import LORA_NAME, PROJECTION_NAME, WEIGHTS_STEM, export_upstream, save_result
-from training_ggi.trained import RAW, Trained, base_lora_of, find_trained, load_trained
+from training_ggi.trained import Trained, base_lora_of, find_trained, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,11 @@ def check(config: ExportConfig) -> list[str]:
 
 PARSER = Parser(
     ExportConfig,
-    aliases={"pretrained_model_name_or_path": "model.base", "base_lora_path": "model.base_lora"},
+    aliases={
+        "output": "export.output_dir",
+        "pretrained_model_name_or_path": "model.base",
+        "base_lora_path": "model.base_lora",
+    },
     check=check,
     program="export.py",
     description="Converts trained weights for the original's inference, or for diffusers.",
@@ -91,14 +95,13 @@ def export(config: ExportConfig) -> Path:
             f"{trained.folder} holds all weights of the transformer, as train_mode full changes them: that is no LoRA. "
             "Use --format upstream"
         )
-    is_upstream = wanted.format == "upstream"
-    folder = Path(str(wanted.output_dir)) / (RAW if is_upstream else "")
+    folder = Path(str(wanted.output_dir))
     if not wanted.overwrite and any((folder / name).exists() for name in ("config.json", LORA_NAME)):
         raise ValueError(f"{folder} holds weights already: give another --output_dir, or --overwrite true")
     unfinished = folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that was cut short
     unfinished.mkdir(parents=True)
-    if is_upstream:
+    if wanted.format == "upstream":
         write_upstream(trained, unfinished, DTYPES[wanted.dtype])
     else:
         write_diffusers(trained, unfinished)

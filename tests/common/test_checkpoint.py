@@ -22,6 +22,7 @@ from common import checkpoint as subject
 from common.checkpoint import (
     CheckpointError,
     Checkpoints,
+    TrainedWeights,
     find,
     listed,
     newest_valid,
@@ -501,6 +502,45 @@ def test_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(CheckpointError, match="model.safetensors is damaged, or no safetensors file: Error while"):
         read_weights(tmp_path)
+
+
+def mostly_frozen(trained: int) -> nn.Sequential:
+    """Two layers, one of them trained."""
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).requires_grad_(False)
+    network[trained].requires_grad_(True)
+    return network
+
+
+def test_trained_weights_are_all_that_is_saved(tmp_path: Path) -> None:
+    network, other = mostly_frozen(1), mostly_frozen(1)
+    frozen = other[0].weight.clone()
+    save_weights(TrainedWeights(network), tmp_path / "model")
+    weights = read_weights(tmp_path / "model")
+    assert weights.keys() == {"1.weight", "1.bias"} and torch.equal(weights["1.weight"], network[1].weight)
+    TrainedWeights(other).load_state_dict(weights)
+    assert torch.equal(other[1].weight, network[1].weight) and torch.equal(other[1].bias, network[1].bias)
+    assert torch.equal(other[0].weight, frozen) and other[1].weight.requires_grad
+
+
+def test_the_average_of_trained_weights(tmp_path: Path) -> None:
+    network = mostly_frozen(1)
+    ema = EMA(TrainedWeights(network), decay=0.5)
+    start = network[1].bias.detach().clone()
+    with torch.no_grad():
+        network[1].bias += 1
+    with ema.swapped():
+        assert torch.equal(network[1].bias, start)
+    assert torch.equal(network[1].bias, start + 1)
+
+
+def test_other_trained_weights_are_refused() -> None:
+    first, second = (TrainedWeights(mostly_frozen(trained)) for trained in (0, 1))
+    with pytest.raises(CheckpointError) as raised:
+        second.load_state_dict(first.state_dict())
+    assert str(raised.value) == (
+        "the checkpoint holds other trained weights than this run has: 4 names differ, the first is 0.bias. Set back "
+        "what decides on them"
+    )
 
 
 # The checkpoints of a run ---------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from training_ggi.models.components import (
     video_moments,
 )
 from training_ggi.models.objective import end_image_latents, sample_posterior
-from training_ggi.models.results import LORA_NAME, export_upstream, save_result
+from training_ggi.models.results import export_upstream, save_result
 from training_ggi.models.transformer import load_transformer, model_input, predict_velocity, rotary_for
 from training_ggi.sampling import _dynamic, generate_clip
 from training_ggi.segments import read_correspondences, read_edges, read_flow, read_noise, read_segments
@@ -52,8 +52,6 @@ FEW = [
     "no",
     "--flow_scale",
     "4",
-    "--enable_tiling",
-    "false",
 ]
 CLIP_FILES = ["clip.json", "clip.mp4", "last.png"]
 
@@ -511,17 +509,17 @@ def test_all_forms_of_a_result_are_one_transformer(mode, runs, tmp_path):
 
     # The original's form, from the export and from the checkpoint.
     for source in (folder, folder / "checkpoint-2"):
-        output = tmp_path / source.name
+        output = tmp_path / source.name / "transformer"
         arguments = ["--format", "upstream", "--run", source, "--output_dir", output, "--dtype", "fp32"]
         export.main([*map(str, arguments)])
-        (path,) = (output / "transformer").glob("*.safetensors")
+        (path,) = output.glob("*.safetensors")
         weights = load_file(path)
         keys = sum(".lora_" in key for key in weights), sum(".base_layer." in key for key in weights)
         assert keys == (4 * 4 * 2, 4 * 4 * 2) and weights["patch_embed.proj.weight"].shape[1] == 48
-        trained = find_trained(str(output))
+        trained = find_trained(str(output.parent))
         assert trained.kind == "whole"
         assert torch.allclose(velocity(load_trained(trained, torch.float32, fuse_lora=True)), expected, atol=1e-4)
-        assert sorted(p.name for p in (output / "transformer").iterdir()) == ["config.json", path.name]
+        assert sorted(p.name for p in output.iterdir()) == ["config.json", path.name]
 
 
 @pytest.mark.parametrize("mode", ["lora", "base_lora"])
@@ -567,6 +565,5 @@ def test_what_cannot_be_exported(runs, base, tmp_path, capsys):
 def test_the_original_reads_one_rank_alone(runs, tmp_path, capsys):
     export.main(["--format", "upstream", "--run", str(runs["lora"]), "--output_dir", str(tmp_path)])
     assert "the base LoRA has rank 8: the original's inference reads rank 2048 alone" in capsys.readouterr().err
-    path = next((tmp_path / "transformer").glob("*.safetensors"))
+    path = next(tmp_path.glob("*.safetensors"))
     assert {weight.dtype for weight in load_file(path).values()} == {torch.bfloat16}
-    assert not (tmp_path / "transformer" / LORA_NAME).exists()

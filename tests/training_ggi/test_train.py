@@ -146,11 +146,14 @@ def test_the_documented_command(single: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_match_one(single: Path, tmp_path: Path, checkpoint: Path, scenes: Path, cache: Path) -> None:
-    words = [*networks(checkpoint, scenes), "--cache_latents", cache, "--output_dir", tmp_path / "run"]
-    launch(FOLDER.parent / "accelerate_configs" / "cpu_2_processes.yaml", 2, *words)
-    assert_close(tmp_path / "run", single, 1e-4)
-    assert (tmp_path / "run" / "checkpoint-2" / "random_states_1.pkl").exists()  # every process saves
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_two_processes_match_one(flags: list[str], tmp_path: Path, mode: str) -> None:
+    flags += ["--train_mode", mode]
+    train(*flags, "--gradient_accumulation", 2, "--output_dir", tmp_path / "one")
+    config = FOLDER.parent / "accelerate_configs" / "cpu_2_processes.yaml"
+    launch(config, 2, *flags, "--output_dir", tmp_path / "two")
+    assert_close(tmp_path / "two", tmp_path / "one", 1e-4)
+    assert (tmp_path / "two" / "checkpoint-2" / "random_states_1.pkl").exists()  # every process saves
 
 
 def stock(checkpoint: Path) -> CogVideoXTransformer3DModel:
@@ -220,6 +223,13 @@ def test_the_base_lora_itself_can_be_trained(flags: list[str], tmp_path: Path, c
     exported = load_file(tmp_path / "run" / "export" / LORA_NAME)
     assert exported.keys() == before.keys()
     assert all(not torch.equal(exported[key], before[key].float()) for key in before if "lora_B" in key)
+
+
+def test_accumulation_changes_nothing(raw: list[str], tmp_path: Path) -> None:
+    words = ["--cuts_per_scene", "null", "--noise_sets", "null", "--frame_intervals", "[1,2]", "--max_train_steps", 1]
+    train(*raw, *words, "--batch_size", 2, "--dataloader_num_workers", 1, "--output_dir", tmp_path / "whole")
+    train(*raw, *words, "--gradient_accumulation", 2, "--output_dir", tmp_path / "halves")
+    assert_close(tmp_path / "halves", tmp_path / "whole", 1e-4)
 
 
 # Prepared clips -------------------------------------------------------------------------------------------------------

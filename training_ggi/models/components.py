@@ -3,6 +3,7 @@
 They are loaded one by one, as not all of them are needed at once.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from training_ggi.models.transformer import LATENT_PX
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 226
 
@@ -38,11 +41,24 @@ def load_vae(
     """
     load = AutoencoderKLCogVideoX.from_pretrained
     vae = _load(load, "VAE", path_or_id, "vae", revision, cache_dir, variant=variant)
-    if tiling:
+    if tiling and _tiles_fit(vae):
         vae.enable_tiling()
+    elif tiling:
+        logger.warning(
+            "the VAE of %s is made for small frames, which do not divide into tiles: none are used", path_or_id
+        )
     if slicing:
         vae.enable_slicing()
     return vae.eval().requires_grad_(False)
+
+
+def _tiles_fit(vae: AutoencoderKLCogVideoX) -> bool:
+    """Whether tiles begin at whole latents; diffusers puts others together wrongly. In the released VAE they do."""
+    strides = (
+        int(vae.tile_sample_min_height * (1 - vae.tile_overlap_factor_height)),
+        int(vae.tile_sample_min_width * (1 - vae.tile_overlap_factor_width)),
+    )
+    return all(stride % LATENT_PX == 0 for stride in strides)
 
 
 def load_text_encoder(
@@ -68,7 +84,7 @@ def load_tokenizer(
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"the tokenizer of {path_or_id} cannot be read ({_first_line(error)}): a spiece.model needs the package "
-            "sentencepiece (pip install sentencepiece)"
+            "sentencepiece (extra t5)"
         ) from error
 
 
@@ -133,20 +149,10 @@ def video_moments(vae: AutoencoderKLCogVideoX, clip: Tensor, batch_size: int | N
 
     Returns:
         (B, 2 C, F', H / 8, W / 8) float32, F' = (F - 1) / 4 + 1.
-
-    Raises:
-        ValueError: the VAE's tiles do not fit the frames.
     """
     videos = clip.transpose(1, 2).to(vae.device, vae.dtype)  # (B, 3, F, H, W)
     parts = [vae.encode(part).latent_dist.parameters.float() for part in videos.split(batch_size or len(videos))]
-    moments = torch.cat(parts)  # (B, 2 C, F', h, w)
-    expected = tuple(side // LATENT_PX for side in clip.shape[-2:])
-    if moments.shape[-2:] != expected:  # tiles of sizes that diffusers does not foresee overlap wrongly
-        raise ValueError(
-            f"the VAE makes latents of {tuple(moments.shape[-2:])} of frames of {tuple(clip.shape[-2:])} (height, "
-            f"width), not {expected}: its tiles do not fit them. Set enable_tiling to false"
-        )
-    return moments
+    return torch.cat(parts)  # (B, 2 C, F', h, w)
 
 
 @torch.no_grad()
