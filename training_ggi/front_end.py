@@ -5,9 +5,7 @@ All of it is the same in every visit of a cut, so that it can be prepared once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
@@ -95,8 +93,3 @@ def warped_noise(flow: Tensor, seeds: Sequence[int], num_latent_frames: int, los
 def end_frames(ends: Tensor) -> Tensor:
     """uint8 (B, 2, H, W, 3) -> float32 (B, 2, 3, H, W) in [-1, 1]."""
     return normalise(ends)
-
-
-def as_arrays(encoded: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Tensors as arrays for the loader; bfloat16, which NumPy does not know, as float32."""
-    return {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in encoded.items()}

@@ -209,7 +209,7 @@ class GGITask:
             f"loss_t{t}": self._loss(self.bare_transformer, encoded, warped, self._draws([number], t)).loss
             for t in MEASURED_TIMESTEPS
         }
-        generated = self._generate(encoded, warped, number)[:, : frames.shape[1]]  # (1, F, 3, H, W) in [0, 1]
+        generated = self._generate(encoded, warped, number)  # (1, F, 3, H, W) in [0, 1]
         true = frames.movedim(-1, -3) / 255.0  # (1, F, 3, H, W)
         flows = [clip_flow(self.front_end.raft, clip * 2 - 1) for clip in (generated, true)]  # (1, F - 1, 2, h, w) each
         self._write(step, index, generated[0], true[0])
@@ -220,7 +220,7 @@ class GGITask:
         }
 
     def _generate(self, encoded: dict[str, Tensor], warped: Tensor, number: int) -> Tensor:
-        """(1, F + 3, 3, H, W) in [0, 1]."""
+        """(1, F, 3, H, W) in [0, 1]."""
         settings = self.config.validation
         fresh = draw_normal(self.seed, "validation noise", [number], self.latent_shape).to(warped)
         return generate_clip(

@@ -17,6 +17,7 @@ from common.data import SamplePlan, SampleSource, rng_for
 from common.optim import EMA, Learner, build_adamw, lr_schedule
 from common.preflight import preflight
 from common.replay import replay
+from common.sharding import sharding_of_launcher
 from common.video import contact_sheet
 from training_ggi import cache
 from training_ggi.config import PARSER, GGIConfig, resolved
@@ -126,6 +127,11 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
     for warning in warnings if accelerator.is_main_process else ():
         logger.warning("%s", warning)
     output_dir, device, model = Path(config.run.output_dir), accelerator.device, config.model
+    if sharding_of_launcher() and model.train_mode != "full":
+        raise ValueError(
+            f"FSDP spreads what is trained, and train_mode {model.train_mode} keeps most weights frozen on every GPU: "
+            "launch it with default.yaml, or set train_mode to full"
+        )
     dtype = runtime.weight_dtype(accelerator)
 
     # Data: who is held out, and in what order the rest is seen.

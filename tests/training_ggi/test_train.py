@@ -146,12 +146,13 @@ def test_the_documented_command(single: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_two_processes_match_one(flags: list[str], tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "launcher"), [("lora", "cpu_2_processes"), ("full", "cpu_2_processes"), ("full", "fsdp2")]
+)
+def test_two_processes_match_one(flags: list[str], tmp_path: Path, mode: str, launcher: str) -> None:
     flags += ["--train_mode", mode]
     train(*flags, "--gradient_accumulation", 2, "--output_dir", tmp_path / "one")
-    config = FOLDER.parent / "accelerate_configs" / "cpu_2_processes.yaml"
-    launch(config, 2, *flags, "--output_dir", tmp_path / "two")
+    launch(FOLDER.parent / "accelerate_configs" / f"{launcher}.yaml", 2, *flags, "--output_dir", tmp_path / "two")
     assert_close(tmp_path / "two", tmp_path / "one", 1e-4)
     assert (tmp_path / "two" / "checkpoint-2" / "random_states_1.pkl").exists()  # every process saves
 
