@@ -427,8 +427,81 @@ MVDIFFUSION = Demo(
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
+# training_ggi
 
-DEMOS = (REFINER, VAE, NOVA_T2I, NOVA_T2V, MVDIFFUSION)
+GGI_STEPS = 120
+GGI_CACHE = ["--cuts_per_scene", "2", "--noise_sets", "2"]
+
+
+def ggi_settings(places: Places) -> list[str]:
+    """Small clips of the demo scenes, whose edges lie beside them, and the tiny networks."""
+    checkpoint = places.checkpoint
+    settings = ["--pretrained_model_name_or_path", str(checkpoint), "--enable_tiling", "no", "--mixed_precision", "no"]
+    settings += ["--base_lora_path", str(checkpoint / "I2V5B_final_i38800_nearest_lora_weights.safetensors")]
+    settings += ["--raft_weights", str(checkpoint / "raft_large.safetensors"), "--data_root", "."]
+    settings += ["--height", "256", "--width", "384", "--max_num_frames", "9", "--cond", "precomputed"]
+    settings += ["--num_validation_scenes", "1", "--flow_scale", "4", "--report_to", "none", *GGI_CACHE]
+    return [*settings, "--cache_latents", str(places.run.parent / "cache"), "--output_dir", str(places.run)]
+
+
+def ggi_preparing(places: Places) -> dict[str, list[str]]:
+    return {"prepared clips": [sys.executable, "-m", "training_ggi.prepare", *ggi_settings(places)]}
+
+
+def ggi_training(places: Places) -> list[str]:
+    """A new LoRA on a transformer of 0.3 M random weights, at a higher rate than that of 5.6 billion would bear."""
+    command = [str(BIN / "accelerate"), "launch", "--num_processes", "1"]
+    command += [str(ROOT / "training_ggi" / "exps" / "T073-000.py"), *ggi_settings(places)]
+    command += ["--gradient_accumulation", "1", "--batch_size", "2", "--max_train_steps", str(GGI_STEPS)]
+    command += ["--learning_rate", "5e-3", "--lr_warmup_steps", "10", "--rank", "16", "--lora_alpha", "16"]
+    command += ["--validation_steps", str(GGI_STEPS), "--validate_at_start", "yes", "--num_inference_steps", "4"]
+    return [*command, "--checkpointing_steps", str(GGI_STEPS), "--dataloader_num_workers", "0"]
+
+
+def ggi_inference(places: Places) -> dict[str, list[str]]:
+    command = [sys.executable, "-m", "training_ggi.infer", "--result", str(places.run / "export")]
+    command += ["--first", "segment/ends/frame_00001.png", "--last", "segment/ends/frame_00002.png"]
+    command += ["--edges", "segment/edges", "--flow", "segment/flow.npy", "--output_dir", str(places.result)]
+    return {"use": [*command, "--num_inference_steps", "4", "--enable_tiling", "no", "--frames"]}
+
+
+def ggi_pictures(places: Places) -> list[Pictures]:
+    folder = places.run / "validation"
+    steps = (0, GGI_STEPS)
+    headings = tuple(f"generated above, true below, step {step}" for step in steps)
+    rows = [[folder / f"step-{step:06d}" / "000-frames.png" for step in steps]]
+    return [Pictures("A scene that training never saw", headings, rows)]
+
+
+GGI = Demo(
+    trainer="training_ggi",
+    title="training_ggi: frames between two images",
+    explanation=(
+        "Six scenes with true motion, five of them prepared once: optical flow, noise warped along it, latents. A LoRA "
+        "is trained on a CogVideoX-I2V of random weights, whose VAE is random too: the loss is meant to fall, and the "
+        "whole way from images to a clip to work. The pictures of such networks show nothing yet."
+    ),
+    prepare=ggi_preparing,
+    train=ggi_training,
+    use=ggi_inference,
+    steps=GGI_STEPS,
+    interrupt_after_steps=50,
+    metric=Metric("loss_t625", "loss at timestep 625", {}),
+    pictures=ggi_pictures,
+    written=lambda places: {
+        "losses and metrics, one line per step": places.run / "metrics.jsonl",
+        "settings": places.run / "config.yaml",
+        "checkpoints": places.run / f"checkpoint-{GGI_STEPS}",
+        "clips of every validation": places.run / "validation",
+        "LoRA and input projection": places.run / "export",
+        "prepared clips": places.run.parent / "cache",
+        "a generated clip": places.result,
+    },
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEMOS = (REFINER, VAE, NOVA_T2I, NOVA_T2V, MVDIFFUSION, GGI)
 
 
 def run_demo(demo: Demo, output: Path) -> Part:

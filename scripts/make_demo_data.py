@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -549,13 +549,15 @@ GGI_SCENES = (
     ("coffee.png", "pan", 56),
 )
 GGI_SIZE_PX = (240, 160)
+GGI_SEGMENT = range(10, 16)
 
 
 def make_ggi_data(directory: Path, seed: int = 0) -> Path:
-    """Writes six scenes of 50 to 60 frames, `seeds.txt`, `captions.json` and `flow/`; returns `directory`.
+    """Writes six scenes of 50 to 60 frames, `seeds.txt`, `captions.json`, `flow/` and `segment/`; returns `directory`.
 
-    Frames are 240x160 px. `flow/<scene>.npy` holds the true optical flow from each to the next, (dx, dy) in pixels, for
-    what is visible in the first of the two: float16 (F - 1, 2, H, W). The same arguments give the same pixels.
+    Frames are 240x160 px; each scene has `edges` beside them. `flow/<scene>.npy` holds the true optical flow from each
+    to the next, (dx, dy) in pixels, for what is visible in the first of the two: float16 (F - 1, 2, H, W). `segment` is
+    a piece of the last scene as inference takes it. The same arguments give the same pixels.
     """
     directory = Path(directory)
     names, captions = [], {}
@@ -565,14 +567,29 @@ def make_ggi_data(directory: Path, seed: int = 0) -> Path:
         captions[scene] = CAPTIONS[photograph]
         frames, flow = _film_with_flow(np.random.default_rng([seed, index]), photograph, motion, num_frames)
         images = directory / names[-1] / "images_2"
-        images.mkdir(parents=True, exist_ok=True)
-        for number, frame in enumerate(frames, start=1):
-            Image.fromarray(frame).save(images / f"frame_{number:05d}.png", compress_level=1)
+        _write_images(images, map(Image.fromarray, frames))
+        _write_images(directory / names[-1] / "edges", map(_edges, frames))
         (directory / "flow").mkdir(exist_ok=True)
         np.save(directory / "flow" / f"{scene}.npy", flow.astype(np.float16))
+    _write_images(
+        directory / "segment" / "ends", (Image.fromarray(frames[i]) for i in (GGI_SEGMENT[0], GGI_SEGMENT[-1]))
+    )
+    _write_images(directory / "segment" / "edges", (_edges(frames[i]) for i in GGI_SEGMENT))
+    np.save(directory / "segment" / "flow.npy", flow[GGI_SEGMENT[0] : GGI_SEGMENT[-1]].astype(np.float32))
     (directory / "seeds.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     (directory / "captions.json").write_text(json.dumps(captions) + "\n", encoding="utf-8")
     return directory
+
+
+def _write_images(folder: Path, images: Iterable[Image.Image]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images, start=1):
+        image.save(folder / f"frame_{number:05d}.png", compress_level=1)
+
+
+def _edges(frame: np.ndarray) -> Image.Image:
+    """White on black."""
+    return Image.fromarray(frame).convert("L").filter(ImageFilter.GaussianBlur(1)).filter(ImageFilter.FIND_EDGES)
 
 
 def _film_with_flow(rng: np.random.Generator, name: str, motion: str, num_frames: int) -> tuple[np.ndarray, np.ndarray]:

@@ -855,7 +855,10 @@ MAKERS: dict[str, Callable[[Path, argparse.Namespace], Path]] = {
     "mvdiffusion": lambda directory, arguments: make_mvdiffusion_checkpoint(
         directory, arguments.seed, arguments.vae_fit_steps
     ),
-    "training_ggi": lambda directory, arguments: make_ggi_checkpoint(directory, arguments.seed),
+    # RAFT takes nothing smaller.
+    "training_ggi": lambda directory, arguments: make_ggi_checkpoint(
+        directory, arguments.seed, num_frames=9, height_px=256, width_px=384
+    ),
 }
 
 

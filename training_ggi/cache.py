@@ -83,7 +83,7 @@ def fingerprint(front_end: FrontEnd, config: GGIConfig, dataset: SceneDataset) -
 def key_of(dataset: SceneDataset, index: int, place: int) -> str:
     """Name of an entry; changes with the scene's images and prompt."""
     scene = dataset.scenes[index]
-    facts = f"{digest_of_files(*scene.images())} {scene.prompt} {place}"
+    facts = f"{digest_of_files(*dataset.images_of(index))} {scene.prompt} {place}"
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -130,4 +130,5 @@ def build(
 def prepare(front_end: FrontEnd, item: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entry of one clip."""
     frames = torch.from_numpy(item["frames"])[None].to(front_end.vae.device)
-    return {name: value[0] for name, value in front_end.encode(frames, [item["prompt"]]).items()}
+    edges = torch.from_numpy(item["edges"])[None] if "edges" in item else None
+    return {name: value[0] for name, value in front_end.encode(frames, [item["prompt"]], edges).items()}

@@ -52,7 +52,12 @@ class GGIData(DataConfig):
     )
     frame_intervals: tuple[int, ...] = option((1,), "steps between frames to draw from")
     random_start: bool = option(True, "begin anywhere in a scene; false begins at its first frame")
-    cond: Literal["depth_hed", "hed"] = option("depth_hed", "edges of depth maps, as the original, or of the images")
+    cond: Literal["depth_hed", "hed", "precomputed"] = option(
+        "depth_hed", "edges of depth maps, as the original, of the images, or read from edge_folder"
+    )
+    edge_folder: str = option(
+        "edges", "folder of each scene's edge images, named and sized as its frames", needs="cond=precomputed"
+    )
     clipwise_depth: bool = option(
         False, "normalise depth over a clip, not per frame: less flicker", needs="cond=depth_hed"
     )

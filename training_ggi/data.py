@@ -254,6 +254,8 @@ class SceneDataset:
         frame_intervals: steps between its frames to choose from; those that do not fit into a scene are passed over.
         random_start: begin anywhere in the scene, not always at its first frame.
         height_px, width_px: of a clip.
+        edge_folder: beside the images' folder of each scene, with an edge image per frame, of the same name and size;
+            None leaves edges out.
         num_threads: frames of a clip that are decoded at a time.
     """
 
@@ -266,6 +268,7 @@ class SceneDataset:
         random_start: bool = True,
         height_px: int = 480,
         width_px: int = 720,
+        edge_folder: str | None = None,
         num_threads: int = 4,
     ) -> None:
         if not scenes:
@@ -278,7 +281,7 @@ class SceneDataset:
             raise ValueError("; ".join(low))
         self.scenes, self.num_frames, self.random_start = tuple(scenes), num_frames, random_start
         self.frame_intervals = sorted(set(frame_intervals))
-        self._crop_hw, self.num_threads = (height_px, width_px), num_threads
+        self._crop_hw, self.edge_folder, self.num_threads = (height_px, width_px), edge_folder, num_threads
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -286,6 +289,14 @@ class SceneDataset:
     def files_of(self, index: int) -> list[Path]:
         """The folder that sample `index` is read from."""
         return [self.scenes[index].folder]
+
+    def images_of(self, index: int) -> list[Path]:
+        """All images of a scene, and their edges where those are read. Raises OSError for a missing folder."""
+        images = self.scenes[index].images()
+        return images + ([self._edges_of(index, image) for image in images] if self.edge_folder else [])
+
+    def _edges_of(self, index: int, image: Path) -> Path:
+        return self.scenes[index].folder.parent / str(self.edge_folder) / image.name
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """`item` of a cut drawn with `rng`."""
@@ -322,9 +333,9 @@ class SceneDataset:
     def item(self, index: int, cut: Cut) -> dict[str, Any]:
         """One clip.
 
-        Returns `frames`, uint8 (F, H, W, 3); `prompt`; `scene`, its id; `indices`, int64 (F,), which frames of the
-        scene these are, from 0. Raises MediaError with the path of an unreadable frame, or one of another size than the
-        first, and ValueError for a cut that is not inside the scene.
+        Returns `frames`, uint8 (F, H, W, 3); `edges`, uint8 (F, H, W), where they are read; `prompt`; `scene`, its id;
+        `indices`, int64 (F,), which frames of the scene these are, from 0. Raises MediaError with the path of an
+        unreadable image, or one of another size than the first, and ValueError for a cut that is not inside the scene.
         """
         scene, extent = self.scenes[index], self._extent(index)
         indices = cut.start + cut.interval * np.arange(self.num_frames)  # (F,)
@@ -338,7 +349,16 @@ class SceneDataset:
             )
         with ThreadPoolExecutor(self.num_threads) as pool:
             frames = list(pool.map(lambda i: self._load(extent, extent.images[i], cut), indices))
-        return {"frames": np.stack(frames), "prompt": scene.prompt, "scene": scene.scene_id, "indices": indices}
+            sources = [self._edges_of(index, extent.images[i]) for i in indices] if self.edge_folder else []
+            edges = list(pool.map(lambda path: self._load(extent, path, cut)[..., 0], sources))
+        found = {"edges": np.stack(edges)} if edges else {}
+        return {
+            "frames": np.stack(frames),
+            **found,
+            "prompt": scene.prompt,
+            "scene": scene.scene_id,
+            "indices": indices,
+        }
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the clips, but for the files' content; the same after the folder has moved."""
@@ -351,6 +371,7 @@ class SceneDataset:
             "random_start": self.random_start,
             "height_px": self._crop_hw[0],
             "width_px": self._crop_hw[1],
+            "edge_folder": self.edge_folder,
         }
 
     def _extent(self, index: int) -> _Extent:

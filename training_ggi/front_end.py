@@ -25,23 +25,26 @@ ENCODED = ("ends", "flow", "video_moments", "cond_moments", "prompt_embeds")
 
 @dataclass
 class FrontEnd:
-    """The frozen networks, on the device, and how they are used; `midas` is needed for edges of depth maps."""
+    """The frozen networks, on the device, and how they are used; edges need `hed`, of depth maps `midas` too."""
 
     vae: AutoencoderKLCogVideoX
     tokenizer: PreTrainedTokenizerBase
     text_encoder: T5EncoderModel | None
     raft: RAFT
-    hed: HED
+    hed: HED | None
     midas: DPTForDepthEstimation | None
     data: GGIData
 
     @torch.no_grad()
-    def encode(self, frames: Tensor, prompts: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, frames: Tensor, prompts: Sequence[str] | None = None, edges: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """All that training needs of clips, but for random numbers.
 
         Args:
             frames: uint8 (B, F, H, W, 3), as read.
             prompts: None leaves their embeddings out.
+            edges: uint8 (B, F, H, W), where they are not found here.
 
         Returns:
             `ends` uint8 (B, 2, H, W, 3), the first and last frame; `flow` float16 (B, T, 2, H / 2, W / 2) between the
@@ -54,7 +57,7 @@ class FrontEnd:
             "ends": frames[:, [0, -1]],
             "flow": clip_flow(self.raft, clip).half(),
             "video_moments": video_moments(self.vae, clip.to(device)).to(self.vae.dtype),
-            "cond_moments": video_moments(self.vae, self.condition(frames).to(device)).to(self.vae.dtype),
+            "cond_moments": video_moments(self.vae, self.condition(frames, edges).to(device)).to(self.vae.dtype),
         }
         return encoded if prompts is None else encoded | {"prompt_embeds": self.embed(prompts)}
 
@@ -65,8 +68,12 @@ class FrontEnd:
             raise ValueError("the text encoder is needed no more and was released")
         return encode_prompts(self.tokenizer, self.text_encoder, prompts)
 
-    def condition(self, frames: Tensor) -> Tensor:
-        """Edges of clips, padded: uint8 (B, F, H, W, 3) -> float32 (B, F + 3, 3, H, W) in [-1, 1], on the CPU."""
+    def condition(self, frames: Tensor, edges: Tensor | None = None) -> Tensor:
+        """Edges of clips, padded: uint8 (B, F, H, W, 3) -> float32 (B, F + 3, 3, H, W) in [-1, 1]."""
+        if edges is not None:
+            return pad_last(normalise_edges(edges), REPEATED_FRAMES)
+        if self.hed is None:
+            raise ValueError("edges are to be found, but HED was not loaded")
         depth_range = "clip" if self.data.clipwise_depth else "frame"
         settings = {"depth_range": depth_range, "detect_resolution": self.data.detect_resolution}
         edges = torch.stack(

@@ -135,7 +135,7 @@ class GGITask:
         """What the frozen networks make of the clips; a batch of prepared ones holds it already."""
         if ENCODED[0] in batch:
             return {name: batch[name] for name in ENCODED}
-        return self.front_end.encode(batch["frames"], batch["prompt"])
+        return self.front_end.encode(batch["frames"], batch["prompt"], batch.get("edges"))
 
     def _noise(self, batch: dict[str, Any], flow: Tensor) -> Tensor:
         """The samples' warped noise, (B, F', 16, h, w); one of the prepared ones where there are any."""
@@ -201,7 +201,9 @@ class GGITask:
         dataset, number, device = self.held_out.dataset, VALIDATION_NUMBERS + index, self.processes.device
         item = dataset.item(index, dataset.cuts(index, 1)[0])
         frames = torch.from_numpy(item["frames"])[None].to(device)  # (1, F, H, W, 3)
-        encoded = self.front_end.encode(frames) | {"prompt_embeds": self.held_out.prompt_embeds[index][None].to(device)}
+        edges = torch.from_numpy(item["edges"])[None].to(device) if "edges" in item else None  # (1, F, H, W)
+        encoded = self.front_end.encode(frames, edges=edges)
+        encoded["prompt_embeds"] = self.held_out.prompt_embeds[index][None].to(device)
         warped = warped_noise(
             encoded["flow"], [warp_seed(self.seed, number)], self.latent_shape[0], self.config.loss
         ).float()

@@ -86,6 +86,7 @@ def scene_dataset(config: GGIConfig, scenes: Sequence[Scene]) -> SceneDataset:
         random_start=data.random_start,
         height_px=data.height,
         width_px=data.width,
+        edge_folder=data.edge_folder if data.cond == "precomputed" else None,
     )
 
 
@@ -95,7 +96,7 @@ def load_front_end(config: GGIConfig, device: torch.device, dtype: torch.dtype) 
     base = folder_or_id(model.pretrained_model_name_or_path)
     hub = {"revision": model.revision, "variant": model.variant, "cache_dir": model.cache_dir}
     # The files that people place themselves first: none should be missed after minutes of loading.
-    hed = load_hed(find_file(model.hed_weights, "hed_weights"))
+    hed = None if data.cond == "precomputed" else load_hed(find_file(model.hed_weights, "hed_weights")).to(device)
     raft = load_raft(model.raft_weights and find_file(model.raft_weights, "raft_weights"))
     vae = load_vae(base, **hub, tiling=model.enable_tiling, slicing=model.enable_slicing)
     return FrontEnd(
@@ -103,7 +104,7 @@ def load_front_end(config: GGIConfig, device: torch.device, dtype: torch.dtype) 
         tokenizer=load_tokenizer(base, model.revision, model.cache_dir),
         text_encoder=load_text_encoder(base, **hub).to(device, dtype),
         raft=raft.to(device),
-        hed=hed.to(device),
+        hed=hed,
         midas=load_midas(folder_or_id(model.midas_path)).to(device) if data.cond == "depth_hed" else None,
         data=data,
     )

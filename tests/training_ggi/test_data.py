@@ -323,3 +323,21 @@ def test_the_fingerprint_tells_what_decides_the_clips(root, tmp_path):
     ]
     assert all(other.fingerprint() != fingerprint for other in others)
     assert pickle.loads(pickle.dumps(others[0])).fingerprint() == others[0].fingerprint()  # for loader processes
+
+
+# Edges that lie beside the frames
+
+
+def test_edges_are_cut_as_the_frames_are(root):
+    scenes = read_scenes(root).train
+    for image in scenes[0].images():
+        edges = scenes[0].folder.parent / "edges" / image.name
+        edges.parent.mkdir(exist_ok=True)
+        Image.open(image).getchannel("R").save(edges)
+    dataset = small(scenes, edge_folder="edges")
+    item = dataset.item(0, dataset.cuts(0, 1)[0])
+    assert item["edges"].shape == (5, 16, 24) and np.array_equal(item["edges"], item["frames"][..., 0])
+    assert dataset.images_of(0)[5:] == [scenes[0].folder.parent / "edges" / i.name for i in scenes[0].images()]
+    assert dataset.fingerprint()["edge_folder"] == "edges" and "edges" not in small(scenes).item(0, Cut(1, 0, 0, 0))
+    with pytest.raises(MediaError, match="edges/frame_00001.png"):
+        dataset.item(1, Cut(1, 0, 0, 0))

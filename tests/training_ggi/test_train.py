@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import CogVideoXTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -274,6 +275,16 @@ def test_edges_of_depth_and_validation(raw: list[str], tmp_path: Path) -> None:
     assert set(RESULTS.split()[6:]) < records[1].keys() and records[1]["psnr_first"] > 0
     written = {path.name for path in (tmp_path / "run" / "validation" / "step-000001").iterdir()}
     assert written == {"000-frames.png", "000.mp4", "sheet.png"}
+
+
+def test_edges_from_files_are_what_is_trained_on(raw: list[str], scenes: Path, tmp_path: Path) -> None:
+    for image in scenes.glob("DL3DV-10K/*/*/images_2/*"):
+        edges = image.parents[1] / "edges" / image.name
+        edges.parent.mkdir(exist_ok=True)
+        Image.open(image).convert("L").save(edges)
+    words = [*raw, "--max_train_steps", 1, "--hed_weights", "nowhere"]
+    train(*words, "--cond", "precomputed", "--output_dir", tmp_path / "run")
+    assert [record["kind"] for record in metrics(tmp_path / "run")] == ["train"]
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
