@@ -464,7 +464,7 @@ class Parser:
         prefix = "--" if source == "flag" else ""
         for name, value in pairs:
             if name in self.ignored:
-                if value not in (None, False):  # `push_to_hub: No` asks for nothing
+                if value is not None and value is not False:  # `push_to_hub: No` asks for nothing
                     warnings.append(f"{prefix}{name} has no effect: {self.ignored[name]}")
             elif name not in self.names:
                 exact = [path for path in self.knobs if path.endswith(f".{name}")]

@@ -297,6 +297,11 @@ def test_ignored_keys_of_a_file_warn(in_yaml) -> None:
     ]
 
 
+@pytest.mark.parametrize("nothing", ["null", "No", "false"])
+def test_an_ignored_key_that_asks_for_nothing_does_not(in_yaml, nothing: str) -> None:
+    assert PARSER.parse([in_yaml(f"local_rank: {nothing}")])[1] == []
+
+
 def test_all_problems_come_at_once(in_yaml) -> None:
     found = problems(
         in_yaml("data: {batch_size: many, nope: 1}\nrun: {max_train_steps: 0}"),

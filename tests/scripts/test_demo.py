@@ -274,6 +274,8 @@ def test_every_demo_is_a_trainer_of_the_repository() -> None:
         "vae",
         "diffnext_t2i",
         "diffnext_t2v",
+        "mvdiffusion",
+        "training_ggi",
     ]
 
 

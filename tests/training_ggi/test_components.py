@@ -125,6 +125,6 @@ def test_a_tokenizer_that_cannot_be_read_asks_for_sentencepiece(base, tmp_path, 
 
     shutil.copytree(Path(base) / "tokenizer", tmp_path / "tokenizer")
     monkeypatch.setattr(components.AutoTokenizer, "from_pretrained", fail)
-    expected = r"cannot be read \(tiktoken is required\): a spiece.model needs the package sentencepiece \(pip install"
+    expected = r"cannot be read \(tiktoken is required\): a spiece.model needs the package sentencepiece \(extra t5"
     with pytest.raises(ValueError, match=expected):
         load_tokenizer(str(tmp_path))
