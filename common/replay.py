@@ -118,6 +118,7 @@ def _first_nonfinite_output(models: Mapping[str, nn.Module]) -> Iterator[list[st
             handle.remove()
 
 
+@torch.no_grad()  # what autograd saved here would be missing when a checkpointed block is computed again
 def _all_finite(values: Any) -> bool:
     if isinstance(values, torch.Tensor):
         return not values.is_floating_point() or bool(torch.isfinite(values).all())

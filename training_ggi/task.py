@@ -3,6 +3,7 @@
 The formulas are in `models.objective` and `models.noise_warp`; here they meet the data and the run.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from training_ggi.data import SceneDataset
 from training_ggi.front_end import ENCODED, FrontEnd, end_frames, warped_noise
 from training_ggi.models.components import video_moments
 from training_ggi.models.noise_warp import mix_noise
-from training_ggi.models.objective import GGIConstants, GGIDraws, GGIInputs, ggi_loss, noisy_end_images
+from training_ggi.models.objective import GGIConstants, GGIDraws, GGIInputs, GGILoss, ggi_loss, noisy_end_images
 from training_ggi.models.raft import clip_flow
 from training_ggi.sampling import generate_clip
 
@@ -157,7 +158,14 @@ class GGITask:
             fields["timesteps"] = torch.full_like(fields["timesteps"], timestep)
         return GGIDraws(**fields)
 
-    def _loss(self, transformer: nn.Module, encoded: dict[str, Tensor], noise: Tensor, draws: GGIDraws) -> Any:
+    def _loss(
+        self,
+        transformer: nn.Module,
+        encoded: dict[str, Tensor],
+        noise: Tensor,
+        draws: GGIDraws,
+        constants: GGIConstants | None = None,
+    ) -> GGILoss:
         vae = self.front_end.vae
         images = noisy_end_images(end_frames(encoded["ends"]), draws.sigma_normal, draws.image_noise)  # (B, 2, 3, H, W)
         inputs = GGIInputs(
@@ -169,7 +177,7 @@ class GGITask:
             prompt_embeds=encoded["prompt_embeds"],
             empty_prompt_embeds=self.empty_prompt_embeds,
         )
-        return ggi_loss(transformer, inputs, draws, self.constants)
+        return ggi_loss(transformer, inputs, draws, constants or self.constants)
 
     def validate(self, step: int) -> dict[str, float]:
         """Generates the held-out clips, split over the processes: videos, and means of what can be measured.
@@ -207,8 +215,9 @@ class GGITask:
         warped = warped_noise(
             encoded["flow"], [warp_seed(self.seed, number)], self.latent_shape[0], self.config.loss
         ).float()
+        whole = dataclasses.replace(self.constants, image_dropout_prob=0.0, caption_dropout_prob=0.0)
         losses = {
-            f"loss_t{t}": self._loss(self.bare_transformer, encoded, warped, self._draws([number], t)).loss
+            f"loss_t{t}": self._loss(self.bare_transformer, encoded, warped, self._draws([number], t), whole).loss
             for t in MEASURED_TIMESTEPS
         }
         generated = self._generate(encoded, warped, number)  # (1, F, 3, H, W) in [0, 1]

@@ -40,6 +40,7 @@ MEMORY_KNOBS = (
     "mixed_precision bf16, cache_latents, enable_tiling, accelerate_configs/fsdp2.yaml with train_mode full"
 )
 SHOWN_SAMPLES, SHOWN_FRAMES = 4, 6
+HED_SETTING = "hed_weights (ControlNetHED.pth is on the Hub, in lllyasviel/Annotators; cond=precomputed does without)"
 BASE_LORA_SETTING = "base_lora_path (the file is on the Hub, in Eyeline-Labs/Go-with-the-Flow)"
 
 
@@ -96,7 +97,7 @@ def load_front_end(config: GGIConfig, device: torch.device, dtype: torch.dtype) 
     base = folder_or_id(model.pretrained_model_name_or_path)
     hub = {"revision": model.revision, "variant": model.variant, "cache_dir": model.cache_dir}
     # The files that people place themselves first: none should be missed after minutes of loading.
-    hed = None if data.cond == "precomputed" else load_hed(find_file(model.hed_weights, "hed_weights")).to(device)
+    hed = None if data.cond == "precomputed" else load_hed(find_file(model.hed_weights, HED_SETTING)).to(device)
     raft = load_raft(model.raft_weights and find_file(model.raft_weights, "raft_weights"))
     vae = load_vae(base, **hub, tiling=model.enable_tiling, slicing=model.enable_slicing)
     return FrontEnd(
@@ -118,6 +119,24 @@ def write_result(config: GGIConfig, transformer: Any, directory: Path) -> None:
         save_result(transformer, directory, config.model.train_mode)
 
 
+def require_launcher(deepspeed: Any, train_mode: str) -> None:
+    """ValueError where `accelerate launch` was told to spread weights that every process needs whole.
+
+    Args:
+        deepspeed: Accelerate's plugin, or None.
+    """
+    if sharding_of_launcher() and train_mode != "full":
+        raise ValueError(
+            f"FSDP spreads what is trained, and train_mode {train_mode} keeps most weights frozen on every GPU: "
+            "launch it with default.yaml, or set train_mode to full"
+        )
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(
+            "launcher settings: zero_stage 3 spreads the frozen networks too, which are read whole here: set it to 2, "
+            "or launch train_mode full with accelerate_configs/fsdp2.yaml"
+        )
+
+
 def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool = False) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
     if prepare_only and not config.data.cache_latents:
@@ -128,11 +147,7 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
     for warning in warnings if accelerator.is_main_process else ():
         logger.warning("%s", warning)
     output_dir, device, model = Path(config.run.output_dir), accelerator.device, config.model
-    if sharding_of_launcher() and model.train_mode != "full":
-        raise ValueError(
-            f"FSDP spreads what is trained, and train_mode {model.train_mode} keeps most weights frozen on every GPU: "
-            "launch it with default.yaml, or set train_mode to full"
-        )
+    require_launcher(accelerator.state.deepspeed_plugin, model.train_mode)
     dtype = runtime.weight_dtype(accelerator)
 
     # Data: who is held out, and in what order the rest is seen.

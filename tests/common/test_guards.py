@@ -11,8 +11,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from processes import command, metrics, run, seen
+from torch.utils.checkpoint import checkpoint
 
+from common.replay import _first_nonfinite_output
 from common.runtime import StopSignal, seconds_of
 from common.watch import Watch
 
@@ -150,3 +153,12 @@ def test_a_nonfinite_step_can_be_replayed(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != "replay") == before
     output = run(tmp_path / "run", *flags, "--replay", str(tmp_path / "nothing.json"), status=1)
     assert "there is no such file; records are in nonfinite/step-*/record.json" in output
+
+
+def test_looking_for_what_is_not_finite_leaves_checkpointed_blocks_as_they_are() -> None:
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    x = torch.ones(2, 4, requires_grad=True)
+    with _first_nonfinite_output({"model": block}) as found:
+        loss = checkpoint(block, x, use_reentrant=False).sum()
+    loss.backward()  # computes the block again, without the hooks
+    assert found == [] and torch.isfinite(block[0].weight.grad).all()

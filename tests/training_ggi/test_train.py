@@ -1,11 +1,13 @@
 """Training as users start it: the documented command, resume, prepared clips, exports, and what bad input is told."""
 
+import importlib.util
 import json
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from common.checkpoint import read_weights
 from training_ggi.models.base_lora import read_lora_file
 from training_ggi.models.results import LORA_NAME, PROJECTION_NAME, load_result
 from training_ggi.models.transformer import widen_patch_embed
-from training_ggi.train import main
+from training_ggi.train import main, require_launcher
 
 FOLDER = Path(__file__).parents[2] / "training_ggi"
 BIN = Path(sys.executable).parent
@@ -156,6 +158,19 @@ def test_two_processes_match_one(flags: list[str], tmp_path: Path, mode: str, la
     launch(FOLDER.parent / "accelerate_configs" / f"{launcher}.yaml", 2, *flags, "--output_dir", tmp_path / "two")
     assert_close(tmp_path / "two", tmp_path / "one", 1e-4)
     assert (tmp_path / "two" / "checkpoint-2" / "random_states_1.pkl").exists()  # every process saves
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs the extra deepspeed")
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_zero2_matches_plain_training(
+    flags: list[str], tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    flags += ["--train_mode", mode]
+    train(*flags, "--output_dir", tmp_path / "plain")
+    launch(FOLDER.parent / "accelerate_configs" / "1_gpus_zero2.yaml", 1, *flags, "--output_dir", tmp_path / "zero2")
+    assert_close(tmp_path / "zero2", tmp_path / "plain", 1e-4)
 
 
 def stock(checkpoint: Path) -> CogVideoXTransformer3DModel:
@@ -312,7 +327,20 @@ def test_missing_files_are_told(
     assert "the weights of the optical flow" in message and "raft_large_C_T_SKHT_V2" in message
     message = refused(capsys, *raw, "--hed_weights", "none.pth")
     assert "none.pth was not found" in message and "set hed_weights" in message
+    assert "lllyasviel/Annotators" in message and "cond=precomputed does without" in message
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_launchers_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in (0, 1, 2):
+        require_launcher(SimpleNamespace(zero_stage=stage), "lora")
+    with pytest.raises(ValueError, match="zero_stage 3 spreads the frozen networks too.*: set it to 2"):
+        require_launcher(SimpleNamespace(zero_stage=3), "full")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    require_launcher(None, "full")
+    with pytest.raises(ValueError, match="train_mode lora keeps most weights frozen on every GPU: launch it with"):
+        require_launcher(None, "lora")
 
 
 def test_a_base_lora_of_other_ranks_is_refused(

@@ -114,8 +114,10 @@ def _load(
     try:
         return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
     except OSError as error:
-        where = folder if root.is_dir() else f"{path_or_id}, which is no folder and perhaps no hub id within reach,"
-        raise FileNotFoundError(f"the {what} cannot be loaded from {where} ({_first_line(error)})") from error
+        where = folder if root.is_dir() else f"{path_or_id}, which is no folder, and no hub id within reach"
+        raise FileNotFoundError(
+            f"the {what} cannot be loaded from {where} ({_first_line(error)}): name a folder that holds the base model"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
