@@ -38,6 +38,8 @@ from common.sharding import Sharding, shard, sharding_of_launcher
 
 logger = logging.getLogger(__name__)
 
+TOOL_WAIT_S = 24 * 3600
+
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed.run")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -135,6 +137,23 @@ def half_by_default(wanted: str | None) -> str | None:
     if wanted is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
         return "bf16" if torch.accelerator.is_available() else "no"
     return "no" if wanted == "fp32" else wanted
+
+
+def start_tool(device: str, mixed_precision: str | None) -> tuple[Accelerator, torch.dtype]:
+    """The Accelerator of a tool that only runs networks, for any launcher, and the type of their weights.
+
+    Args:
+        device: as `choose_device` takes it.
+        mixed_precision: as `half_by_default` takes it; fp16 becomes float32 where there is no GPU, and that is said.
+
+    Raises:
+        ValueError: for a GPU that is not there.
+    """
+    choose_device(device)
+    precision = _precision(half_by_default(mixed_precision) or os.environ["ACCELERATE_MIXED_PRECISION"])
+    # Those who are done first wait for the others, which takes as long as their results do.
+    accelerator = start(RunConfig(mixed_precision="no", process_group_timeout_s=TOOL_WAIT_S), 1)
+    return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(precision), torch.float32)
 
 
 def _set_up_deepspeed(config: dict[str, Any], precision: str) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common import runtime
-from common.config import Parser, RunConfig, find_file, folder_or_id, option
+from common.config import Parser, find_file, folder_or_id, option
 from common.data import BAD_SAMPLE_ERRORS, rng_for
 from common.runtime import Processes
 from common.video import IMAGE_SUFFIXES, save_image, to_uint8, write_video
@@ -46,10 +46,8 @@ from mvdiffusion.pipelines.mvdiffusion_image import (
 
 logger = logging.getLogger(__name__)
 
-WAIT_S = 24 * 3600
 RAW, AVERAGED = "unet", "unet_ema"
 RECORD = "views.json"
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -340,23 +338,11 @@ def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict
     return failures
 
 
-def start(run: InferRun) -> tuple[Any, torch.dtype]:
-    """The Accelerator, for any launcher, and the weights' type; ValueError for a GPU that is not there."""
-    runtime.choose_device(run.device)
-    precision = runtime.half_by_default(run.mixed_precision) or os.environ["ACCELERATE_MIXED_PRECISION"]
-    if precision == "fp16" and not torch.accelerator.is_available():
-        logger.warning("mixed_precision fp16 needs a GPU and there is none: float32 is used")
-        precision = "no"
-    # Those who are done first wait for the others, which takes as long as their results do.
-    accelerator = runtime.start(RunConfig(mixed_precision="no", process_group_timeout_s=WAIT_S), 1)
-    return accelerator, DTYPES[precision]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes views as the command line says; see `--help`. Ends with status 1 if an object went wrong."""
     config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
     with runtime.clear_errors():
-        accelerator, dtype = start(config.run)
+        accelerator, dtype = runtime.start_tool(config.run.device, config.run.mixed_precision)
         for warning in warnings if accelerator.is_main_process else ():
             logger.warning("%s", warning)
         failures = infer(config, accelerator, dtype)

@@ -29,12 +29,20 @@ class FixedCuts:
 
     def __init__(self, dataset: SceneDataset, cuts_per_scene: int):
         self.dataset, self.cuts_per_scene = dataset, cuts_per_scene
+        self._digests: dict[int, str] = {}  # a scene has hundreds of files, which no sample should look up again
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def files_of(self, index: int) -> list:
         return self.dataset.files_of(index)
+
+    def key_of(self, index: int, place: int) -> str:
+        """Name of a prepared clip; changes with the scene's images and prompt."""
+        if index not in self._digests:
+            self._digests[index] = digest_of_files(*self.dataset.images_of(index))
+        facts = f"{self._digests[index]} {self.dataset.scenes[index].prompt} {place}"
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def draw_place(self, rng: np.random.Generator) -> int:
         """Which of the cuts."""
@@ -61,7 +69,7 @@ class PreparedClips:
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """What `FrontEnd.encode` returns, for one clip; `cut`; with noise sets `noise_sets` (S, F', 16, h, w)."""
         place = self.clips.draw_place(rng)
-        entry: Mapping[str, Any] = self.cache.load(key_of(self.clips.dataset, index, place))
+        entry: Mapping[str, Any] = self.cache.load(self.clips.key_of(index, place))
         return {**entry, "cut": place}
 
 
@@ -78,13 +86,6 @@ def fingerprint(front_end: FrontEnd, config: GGIConfig, dataset: SceneDataset) -
         **{name: getattr(config.data, name) for name in ("cond", "clipwise_depth", "detect_resolution", "noise_sets")},
         "noise": [config.run.seed, config.loss.flow_scale, config.loss.oob] if config.data.noise_sets else None,
     }
-
-
-def key_of(dataset: SceneDataset, index: int, place: int) -> str:
-    """Name of an entry; changes with the scene's images and prompt."""
-    scene = dataset.scenes[index]
-    facts = f"{digest_of_files(*dataset.images_of(index))} {scene.prompt} {place}"
-    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def build(
@@ -110,7 +111,7 @@ def build(
     for index in tqdm(stop.share(len(dataset)), total=mine, **bar):
         for place in range(clips.cuts_per_scene):
             try:
-                key = key_of(dataset, index, place)
+                key = clips.key_of(index, place)
                 if key in cache:
                     continue
                 item = dataset.item(index, dataset.cuts(index, clips.cuts_per_scene)[place])

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common import runtime
-from common.config import Parser, RunConfig, find_file, folder_or_id, option
+from common.config import Parser, find_file, folder_or_id, option
 from common.data import BAD_SAMPLE_ERRORS, rng_for
 from common.runtime import Processes
 from common.video import save_image, to_uint8, write_video
@@ -59,10 +59,8 @@ from training_ggi.trained import Trained, find_trained, load_trained
 
 logger = logging.getLogger(__name__)
 
-WAIT_S = 24 * 3600
 RECORD, CLIP, LAST = "clip.json", "clip.mp4", "last.png"
 BY_FLAGS = ("first", "last", "edges", "flow", "noise")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -387,23 +385,11 @@ def attempt(segment: Segment, prompt: str, generator: Generator, config: InferCo
     return {}
 
 
-def start(run: InferRun) -> tuple[Any, torch.dtype]:
-    """The Accelerator, for any launcher, and the weights' type; ValueError for a GPU that is not there."""
-    runtime.choose_device(run.device)
-    precision = runtime.half_by_default(run.mixed_precision) or os.environ["ACCELERATE_MIXED_PRECISION"]
-    if precision == "fp16" and not torch.accelerator.is_available():
-        logger.warning("mixed_precision fp16 needs a GPU and there is none: float32 is used")
-        precision = "no"
-    # Those who are done first wait for the others, which takes as long as their results do.
-    accelerator = runtime.start(RunConfig(mixed_precision="no", process_group_timeout_s=WAIT_S), 1)
-    return accelerator, DTYPES[precision]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Generates as the command line says; see `--help`. Ends with status 1 if a segment went wrong."""
     config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
     with runtime.clear_errors():
-        accelerator, dtype = start(config.run)
+        accelerator, dtype = runtime.start_tool(config.run.device, config.run.mixed_precision)
         for warning in warnings if accelerator.is_main_process else ():
             logger.warning("%s", warning)
         failures = infer(config, accelerator, dtype)

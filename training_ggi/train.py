@@ -204,8 +204,9 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
     if model.gradient_checkpointing:
         bare.enable_gradient_checkpointing()
     saved = bare if model.train_mode == "full" else TrainedWeights(bare)
+    scheduler_config = load_scheduler_config(base, model.revision, model.cache_dir)
     constants = GGIConstants(
-        alphas_cumprod(load_scheduler_config(base, model.revision, model.cache_dir)),
+        alphas_cumprod(scheduler_config),
         rotary_for(bare, torch.empty(1, *latent_shape, device=device)),
         front_end.vae.config.scaling_factor,
         config.loss.noised_image_dropout,
@@ -242,7 +243,7 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
         latent_shape,
         empty_prompt_embeds,
         held_out,
-        load_scheduler_config(base, model.revision, model.cache_dir),
+        scheduler_config,
         run.log,
         stop,
         write_result=partial(write_result, config, bare),

@@ -1,13 +1,10 @@
 """One tiny checkpoint and one small data set for all tests of the refiner."""
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import make_demo_data
 import make_tiny_checkpoints
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 
 @pytest.fixture(scope="session")
@@ -23,12 +20,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_data_folder(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Works in the data folder, as users do, and lets training start anew in this process afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+def in_data_folder(data_folder: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None) -> Path:
+    """Works in the data folder, as users do."""
     monkeypatch.chdir(data_folder)
-    yield data_folder
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    return data_folder

@@ -1,14 +1,11 @@
 """One tiny checkpoint and one small folder of rendered objects for all tests of the multi-view trainer."""
 
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import make_tiny_checkpoints
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 from mvdiffusion.data.poses import VIEW_LISTS, fixed_poses
 
@@ -34,14 +31,3 @@ def renders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sphere = Sphere((x, y, z), float(rng.uniform(0.2, 0.4)))
         write_object(root, f"{number:02d}sphere", views, fixed_poses(views, "upright"), sphere)
     return root
-
-
-@pytest.fixture
-def clean_process() -> Iterator[None]:
-    """Lets training start anew in this process afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()

@@ -1,14 +1,11 @@
 """One tiny checkpoint, a few small scenes and what is prepared of them, for all tests of the GGI trainer."""
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import make_tiny_checkpoints
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 NUM_SCENES, NUM_IMAGES, SIDE_PX = 2, 12, 64
@@ -39,14 +36,3 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "seeds.txt").write_text("".join(f"DL3DV-10K/1K/{name}\n" for name in names))
     (root / "captions.json").write_text(json.dumps({name: f"a photograph of {name}" for name in names}))
     return root
-
-
-@pytest.fixture
-def clean_process() -> Iterator[None]:
-    """Lets training start anew in this process afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()

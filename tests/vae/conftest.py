@@ -1,14 +1,11 @@
 """A folder of small clips, a miniature network's json, random VGG16 weights, and a clean process for training in it."""
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
 from common.video import write_video
@@ -60,14 +57,3 @@ def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
     save_file(state, path)
     return path
-
-
-@pytest.fixture
-def clean_process() -> Iterator[None]:
-    """Lets training start anew in this process afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
