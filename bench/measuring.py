@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(Path(folder), "bench", 0, 1, hang_timeout_s=0)
         meter = Meter(x.device, MICRO_BATCHES, None, Path(folder) / "trace.json")
-        meter.flops_per_step = 1  # as after the first step
+        meter.flops_per_step = {"model": 1}  # as after the first step
         for _ in range(TURNS):
             measured_s = step_s = 0.0
             for _ in range(STEPS):

@@ -10,16 +10,12 @@ turn. On a CPU one thread runs, its processor time is taken, and memory is the p
 """
 
 import argparse
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from turns import add_device, alone_mib, difference, memory_text, peak_mib, ratio_text, take_turns
 
 from mvdiffusion.models.attention import MVAttention, MVTransformerBlock
 
@@ -99,48 +95,19 @@ def make_call(part: str, variant: str, backward: bool, arguments: argparse.Names
     return call
 
 
-def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Processor time of a call on a CPU, else its duration with what it left for the device to do."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    start = clock()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
-
-
-def peak_mib(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Memory beyond what is held now, at its most during a call; on a CPU right only in a process that freed little."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5", "ascii")  # makes the peak begin anew
-    before = _kib("VmRSS")
-    call()
-    return (_kib("VmHWM") - before) / 2**10
-
-
-def _kib(name: str) -> int:
-    lines = Path("/proc/self/status").read_text("ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def peak_alone_mib(part: str, variant: str, backward: bool, arguments: argparse.Namespace) -> float:
     """`peak_mib` in a process of its own."""
     sizes = ["--views", str(arguments.views), "--side", str(arguments.side), "--device", "cpu"]
-    command = [sys.executable, __file__, *sizes, "--alone", part, variant, "backward" if backward else "forward"]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return alone_mib(__file__, *sizes, "--alone", part, variant, "backward" if backward else "forward")
 
 
 def check(part: str, calls: dict[str, Callable[[], Tensor]], limit: float) -> None:
     """Raises ValueError where results differ from ours by more than `limit` of themselves; also a warm-up."""
-    ours = calls["ours"]().double()
+    ours = calls["ours"]()
     for variant, call in calls.items():
-        difference = ((call().double() - ours).norm() / ours.norm()).item()
-        if not difference <= limit:
-            raise ValueError(f"{part}: {variant} differs by {difference:.2g} of itself, more than {limit:g}")
+        found = difference(call(), ours)
+        if not found <= limit:
+            raise ValueError(f"{part}: {variant} differs by {found:.2g} of itself, more than {limit:g}")
 
 
 def compare(part: str, backward: bool, arguments: argparse.Namespace) -> None:
@@ -151,29 +118,22 @@ def compare(part: str, backward: bool, arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
         calls[variant] = make_call(part, variant, backward, arguments)
     check(part, calls, limit=1e-4 if device.type == "cpu" else 2e-2)
-    turns = []
-    for turn in range(arguments.repeats):
-        order = VARIANTS if turn % 2 == 0 else VARIANTS[::-1]
-        turns.append({variant: seconds(calls[variant], device) for variant in order})
+    turns = take_turns(calls, arguments.repeats, device)
     if device.type == "cuda":
         peaks = {variant: peak_mib(call, device) for variant, call in calls.items()}
     else:
         peaks = {variant: peak_alone_mib(part, variant, backward, arguments) for variant in VARIANTS}
     for variant in VARIANTS[:-1]:
-        ratios = [turn[variant] / turn["ours"] for turn in turns]
-        times_s = [statistics.median(turn[name] for turn in turns) for name in (variant, "ours")]
         print(
-            f"{part}, {'forward and backward' if backward else 'forward'}, {variant} / ours: time x"
-            f"{statistics.median(ratios):.2f} (x{min(ratios):.2f} to x{max(ratios):.2f} in {len(turns)} turns; medians"
-            f" {times_s[0]:.3g} s and {times_s[1]:.3g} s); memory x{peaks[variant] / peaks['ours']:.2f}"
-            f" ({peaks[variant]:.0f} MiB and {peaks['ours']:.0f} MiB)",
+            f"{part}, {'forward and backward' if backward else 'forward'}, {variant} / ours: time"
+            f" {ratio_text(turns, variant, 'ours')}; {memory_text(peaks[variant], peaks['ours'])}",
             flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device(parser)
     parser.add_argument("--views", type=int, default=6, help="views of the one object, in both domains")
     parser.add_argument("--side", type=int, default=32, help="height and width of the tokens; 32 = level 0 at 256 px")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns per comparison")

@@ -9,21 +9,20 @@ thread, else the clock; peak memory is that of a process which does nothing else
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from plain_noise_warp import PlainNoiseWarper
 from torch import Tensor
+from turns import alone_mib, memory_text, peak_mib, ratio_text, take_turns
 
 from training_ggi.models.noise_warp import NoiseWarper
 
 SIZES = {"tiny": (24, 36), "small": (120, 180), "full": (240, 360)}  # of the flow
 CHANNELS, FLOW_SCALE = 16, 8
+CPU = torch.device("cpu")
 Step = Callable[[], object]
 
 
@@ -77,28 +76,13 @@ def check(flow: Tensor) -> None:
             raise ValueError(f"{name} of both differs by {error:.2g} after a step, more than 1e-4")
 
 
-def peak_mib(variant: str, flow: Tensor) -> float:
-    """Of the noise and two steps, beyond what Python and torch take."""
-    Path("/proc/self/clear_refs").write_text("5", "ascii")  # makes the peak begin anew
-    before = _kib("VmRSS")
+def two_steps(variant: str, flow: Tensor) -> None:
+    """From the noise on, which counts too where memory is measured."""
     shape = CHANNELS, FLOW_SCALE * flow.shape[1], FLOW_SCALE * flow.shape[2]
     warper = (PlainNoiseWarper if variant == "plain" else NoiseWarper)(torch.randn(shape))
     generator = torch.Generator()
     for _ in range(2):
         warper.step(flow) if variant == "plain" else warper.step(flow, generator)
-    return (_kib("VmHWM") - before) / 2**10
-
-
-def _kib(name: str) -> int:
-    lines = Path("/proc/self/status").read_text("ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-def peak_alone_mib(arguments: argparse.Namespace, kind: str, variant: str) -> float:
-    """`peak_mib` of a process of its own."""
-    options = ["--size", arguments.size, "--threads", str(arguments.threads), "--alone", kind, variant]
-    command = [sys.executable, __file__, *options]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def measure(kind: str, flow: Tensor, arguments: argparse.Namespace) -> None:
@@ -107,25 +91,15 @@ def measure(kind: str, flow: Tensor, arguments: argparse.Namespace) -> None:
     work = steps(flow)
     for name in ("ours", "copy"):  # their buffers are taken from the system once
         work[name]()
-    turns = []
-    for turn in range(arguments.turns):
-        order = ("plain", "ours", "copy") if turn % 2 == 0 else ("copy", "ours", "plain")
-        seconds = {}
-        for name in order:
-            started = clock()
-            work[name]()
-            seconds[name] = clock() - started
-        turns.append(seconds)
+    turns = take_turns(work, arguments.turns, CPU, clock)
     del work
-    median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
-    ratios = sorted(turn["plain"] / turn["ours"] for turn in turns)
+    copy_s = statistics.median(turn["copy"] for turn in turns)
     share = statistics.median(turn["copy"] / turn["ours"] for turn in turns)
-    peaks = {name: peak_alone_mib(arguments, kind, name) for name in ("plain", "ours")}
+    options = ["--size", arguments.size, "--threads", str(arguments.threads), "--alone", kind]
+    peaks = {name: alone_mib(__file__, *options, name) for name in ("plain", "ours")}
     print(
-        f"{kind}: x{statistics.median(ratios):.1f} (x{ratios[0]:.1f} to x{ratios[-1]:.1f} in {len(turns)} turns;"
-        f" medians {median['plain']:.3f} s and {median['ours']:.3f} s);"
-        f" a copy takes {share:.0%} of ours ({median['copy']:.3f} s);"
-        f" memory x{peaks['plain'] / peaks['ours']:.1f} ({peaks['plain']:.0f} MiB and {peaks['ours']:.0f} MiB)",
+        f"{kind}: {ratio_text(turns, 'plain', 'ours')}; a copy takes {share:.0%} of ours ({copy_s:.3f} s);"
+        f" {memory_text(peaks['plain'], peaks['ours'])}",
         flush=True,
     )
 
@@ -142,7 +116,7 @@ def main() -> None:
     kinds = flows(*SIZES[arguments.size])
     if arguments.alone:
         kind, variant = arguments.alone
-        print(peak_mib(variant, kinds[kind]))
+        print(peak_mib(lambda: two_steps(variant, kinds[kind]), CPU))
         return
     for flow in flows(*SIZES["tiny"]).values():
         check(flow)

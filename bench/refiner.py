@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-from turns import RowCounter, compare
+from released import CLIP_PX, UNET_WIDTHS, build_image_encoder, build_vae, divided, num_groups
+from turns import RowCounter, arguments_of, compare, training_step
 
-from common.runtime import quiet_libraries
 from gaussian_refiner.config import RefinerConfig
 from gaussian_refiner.data import normalise
 from gaussian_refiner.models.components import Components
@@ -29,54 +28,43 @@ from gaussian_refiner.task import RefinerTask, encode_batch
 # By how much all widths of the released networks are divided, and the height of the images. With half the height and a
 # quarter of the width, convolutions and attention share the work as in the released networks at 512 px.
 SIZES = {"tiny": (16, 64), "medium": (4, 256)}
-RELEASED_HEIGHT_PX, CLIP_PX, TOKENS = 512, 224, 77
+RELEASED_HEIGHT_PX, TOKENS = 512, 77
 
 
 def build_components(divisor: int, height_px: int, device: torch.device, dtype: torch.dtype) -> Components:
     """SD2.1-unCLIP with an 8-channel UNet, all widths divided, without its text encoder; the UNet stays float32."""
-    groups, embed_width = min(32, 64 // divisor), 1024 // divisor
-    clip_px = CLIP_PX * height_px // RELEASED_HEIGHT_PX
+    embed_width = 1024 // divisor
     unet = UNet2DConditionModel(
         in_channels=8,
-        block_out_channels=tuple(width // divisor for width in (320, 640, 1280, 1280)),
+        block_out_channels=divided(UNET_WIDTHS, divisor),
         attention_head_dim=(5, 10, 20, 20),
-        norm_num_groups=groups,
+        norm_num_groups=num_groups(divisor),
         cross_attention_dim=1024 // divisor,
         use_linear_projection=True,
         class_embed_type="projection",
         projection_class_embeddings_input_dim=2 * embed_width,
     )
-    vae = AutoencoderKL(
-        block_out_channels=tuple(width // divisor for width in (128, 256, 512, 512)),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        norm_num_groups=groups,
-        scaling_factor=0.18215,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1280 // divisor,
-        intermediate_size=5120 // divisor,
-        num_hidden_layers=32,
-        num_attention_heads=16,
-        image_size=clip_px,
-        patch_size=14,
-        projection_dim=embed_width,
-        hidden_act="gelu",
+    image_encoder, feature_extractor = build_image_encoder(
+        divisor,
+        CLIP_PX * height_px // RELEASED_HEIGHT_PX,
+        device,
+        dtype,
+        hidden_size=1280,
+        num_layers=32,
+        projection_dim=1024,
+        activation="gelu",
     )
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     return Components(
-        feature_extractor=CLIPImageProcessor(
-            size={"shortest_edge": clip_px}, crop_size={"height": clip_px, "width": clip_px}
-        ),
-        image_encoder=CLIPVisionModelWithProjection(vision).requires_grad_(False).eval().to(device, dtype),
+        feature_extractor=feature_extractor,
+        image_encoder=image_encoder,
         image_normalizer=StableUnCLIPImageNormalizer(embed_width),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         scheduler=PNDMScheduler(**schedule, skip_prk_steps=True, prediction_type="v_prediction"),
         text_encoder=None,
         tokenizer=None,
         unet=unet.to(device),
-        vae=vae.requires_grad_(False).eval().to(device, dtype),
+        vae=build_vae(divisor, device, dtype),
     )
 
 
@@ -127,13 +115,7 @@ def compare_training(
     with torch.no_grad():
         encoded = {**encode_batch(components, raw), **common}
 
-    def step(batch: dict[str, Any]) -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = task.training_step(batch, 0).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = training_step(lambda batch: task.training_step(batch, 0).loss, optimizer, device, dtype)
     compare(
         f"training step, batch of one, {height_px} px, from pixels / from cached latents",
         lambda: step(raw),
@@ -145,24 +127,12 @@ def compare_training(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="medium", help="tiny shows that it runs, and measures nothing")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns per comparison")
-    parser.add_argument("--steps", type=int, default=20, help="sampler steps")
-    arguments = parser.parse_args()
-    quiet_libraries()
-    device = torch.device(arguments.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    arguments = arguments_of(__doc__, SIZES, ("--steps", 20, "sampler steps"))
     divisor, height_px = SIZES[arguments.size]
-    components = build_components(divisor, height_px, device, dtype)
+    components = build_components(divisor, height_px, arguments.device, arguments.dtype)
     cond_cache, counter = install_self_mutual_attention(components.unet), RowCounter(components.unet)
-    print(f"size {arguments.size}, {device}, {dtype}, torch {torch.__version__}", flush=True)
     compare_training(components, cond_cache, counter, arguments, height_px)
-    components.unet.requires_grad_(False).eval().to(dtype)
+    components.unet.requires_grad_(False).eval().to(arguments.dtype)
     compare_sampling(components, cond_cache, counter, arguments, height_px)
 
 

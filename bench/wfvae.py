@@ -10,9 +10,6 @@ that of a process which does nothing else.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +20,7 @@ import torch
 from plain_wfvae import PlainTraining, PlainWFVAE
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from turns import add_device, alone_mib, difference, memory_text, peak_mib, ratio_text, seconds, take_turns
 
 from common.optim import EMA
 from vae.models.discriminator import NLayerDiscriminator3D, RealAndFake
@@ -169,11 +167,6 @@ def training_phases(
     }
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    """|one - other| over |other|."""
-    return ((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-30)).item()
-
-
 def check_gradients(size: Size, device: torch.device, limit: float) -> None:
     """Raises ValueError where metrics or gradients of both trainings differ by more than `limit` of themselves."""
     trainings, x, noise = build_training(size, device)
@@ -197,31 +190,11 @@ def compare_results(phase: str, plain: Mapping[str, Tensor], ours: Mapping[str, 
     return worst
 
 
-def peak_mib(device: torch.device, phase: Phase) -> float:
-    """Memory beyond what is held now, at its most during a call; on a CPU right only in a process that freed little."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        phase()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5", "ascii")  # makes the peak begin anew
-    before = _kib(status, "VmRSS")
-    phase()
-    return (max(_kib(status, "VmHWM"), 0) - before) / 2**10
-
-
-def _kib(status: Path, name: str) -> int:
-    line = next(line for line in status.read_text("ascii").splitlines() if line.startswith(name))
-    return int(line.split()[1])
-
-
 def peak_alone_mib(arguments: argparse.Namespace, phase: str, variant: str) -> float:
     """`peak_mib` of a phase in a process of its own."""
     options = ["--size", arguments.size, "--threads", str(arguments.threads), "--alone", phase, variant]
     options += ["--compile"] if arguments.compile else []
-    command = [sys.executable, __file__, *options]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return alone_mib(__file__, *options)
 
 
 def main_alone(size: Size, phase: str, variant: str) -> None:
@@ -236,17 +209,7 @@ def main_alone(size: Size, phase: str, variant: str) -> None:
         for _ in range(2 if phase in TRAINING else 1):
             work()
 
-    print(peak_mib(device, calls))
-
-
-def seconds(work: Phase, device: torch.device) -> float:
-    """Processor time of a call on a CPU, else its duration with what it left for the device to do."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    start = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
+    print(peak_mib(calls, device))
 
 
 def reachable_gflops(device: torch.device) -> tuple[float, float]:
@@ -297,25 +260,17 @@ def report(
     arguments: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Prints the ratios plain / ours of time and ours / plain of memory; who begins alternates."""
-    turns = []
-    for turn in range(arguments.repeats):
-        order = ("plain", "ours") if turn % 2 == 0 else ("ours", "plain")
-        turns.append({name: seconds(variants[name], device) for name in order})
-    ratios = [turn["plain"] / turn["ours"] for turn in turns]
+    """Prints the ratios plain / ours of time and of memory; who begins alternates."""
+    turns = take_turns(variants, arguments.repeats, device)
     median_s = {name: statistics.median(turn[name] for turn in turns) for name in variants}
     if device.type == "cuda":
-        peaks = {name: peak_mib(device, work) for name, work in variants.items()}
+        peaks = {name: peak_mib(work, device) for name, work in variants.items()}
     else:
         peaks = {name: peak_alone_mib(arguments, phase, name) for name in variants}
     reached = " and ".join(f"{operations[name] / median_s[name]:.0f}" for name in variants)
-    print(
-        f"{phase}: x{statistics.median(ratios):.2f} (x{min(ratios):.2f} to x{max(ratios):.2f} in {len(turns)} turns;"
-        f" medians {median_s['plain']:.2f} s and {median_s['ours']:.2f} s;"
-        f" operations {operations['plain']:.4g} G and {operations['ours']:.4g} G, per second {reached} G);"
-        f" memory x{peaks['ours'] / peaks['plain']:.2f} ({peaks['plain']:.0f} MiB and {peaks['ours']:.0f} MiB)",
-        flush=True,
-    )
+    counted = f"operations {operations['plain']:.4g} G and {operations['ours']:.4g} G, per second {reached} G"
+    times, memory = ratio_text(turns, "plain", "ours", counted), memory_text(peaks["plain"], peaks["ours"])
+    print(f"{phase}: {times}; {memory}", flush=True)
     if arguments.profile:
         shares = " and ".join(f"{convolution_share(work):.0%}" for work in variants.values())
         print(f"{phase}: in convolutions {shares}", flush=True)
@@ -350,7 +305,7 @@ def measure(size: Size, arguments: argparse.Namespace, device: torch.device) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="large", help="tiny shows that it runs, and measures nothing")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device(parser)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns per comparison")
     parser.add_argument(
         "--threads", type=int, default=1, help="of a CPU, whose processor time is taken: more are faster by the clock"

@@ -2,16 +2,27 @@
 
 import hashlib
 import json
+import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from common.data import BAD_SAMPLE_ERRORS, SampleSource
+from common.runtime import Processes, StopSignal
+
+logger = logging.getLogger(__name__)
+
+Source = TypeVar("Source", bound=SampleSource)
+Part = TypeVar("Part")
+Item = TypeVar("Item")
 
 FINGERPRINT = "fingerprint.json"
 
@@ -30,7 +41,10 @@ def digest_of_weights(module: nn.Module) -> str:
 
 
 def digest_of_files(*paths: Path) -> str:
-    """Changes when a path, its size or its modification time does; OSError for a file that is not there."""
+    """Changes when a path, its size or its modification time does; OSError for a file that is not there.
+
+    The content is not read. So a copy of the data whose files have new times, or that lies elsewhere, is encoded anew.
+    """
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -43,12 +57,15 @@ class Cache:
         fingerprint: everything that the entries' values follow from, as plain JSON values.
 
     Raises:
-        CacheError: the folder holds entries with another fingerprint; the message lists what differs.
+        CacheError: the folder holds entries with another fingerprint (the message lists what differs), or is a file.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise CacheError(f"the cache {self.folder} cannot be made, there is a file: name a folder") from None
         wanted = json.loads(json.dumps(fingerprint))  # tuples as lists, as they will be read back
         path = self.folder / FINGERPRINT
         if not path.exists():
@@ -89,6 +106,75 @@ class Cache:
             raise CacheError(f"{self.path(key)} is missing from the cache") from None
         except SafetensorError as error:
             raise CacheError(f"{self.path(key)} is damaged ({error}): delete it, it will be made again") from None
+
+
+class CachedItems(Generic[Source]):
+    """A data set that reads entries of a cache where `dataset` reads files; trainers add `sample`."""
+
+    def __init__(self, dataset: Source, cache: Cache):
+        self.dataset, self.cache = dataset, cache
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def files_of(self, index: int) -> Sequence[Path]:
+        """The files that an item was encoded from."""
+        return self.dataset.files_of(index)
+
+    def entry(self, key: str, read: Callable[[], object]) -> dict[str, Tensor]:
+        """The tensors of an entry.
+
+        Args:
+            read: reads the item's files; where there is no entry, it raises what kept them from being encoded.
+
+        Raises:
+            CacheError: the entry is damaged, or missing though the files can be read.
+        """
+        if key not in self.cache:
+            read()
+        return self.cache.load(key)
+
+
+def encode_items(
+    cache: Cache,
+    num_items: int,
+    parts: Sequence[Part],
+    *,
+    key_of: Callable[[int, Part], str],
+    read: Callable[[int, Part], Item],
+    encode: Callable[[int, Part, Item], Mapping[str, Tensor]],
+    unit: str,
+    processes: Processes,
+    stop: StopSignal,
+) -> None:
+    """Saves an entry for every part of every item that is not in the cache yet, the items split over the processes.
+
+    An item of which a part cannot be read is left out from there on, with a warning.
+
+    Args:
+        parts: what an item has entries of, the same for all items.
+        key_of, read: of (item, part); OSError or ValueError where its files cannot be read.
+        encode: of (item, part, what `read` returned), without gradients.
+        unit: what an item is called in messages.
+
+    Raises:
+        StopRequested: the run was asked to stop; what is encoded stays.
+    """
+    own_items = -(-(num_items - processes.process_index) // processes.num_processes)
+    bar = {"desc": f"encoding {unit}s", "unit": unit, "disable": not processes.is_main_process}
+    for index in tqdm(stop.share(num_items), total=own_items, **bar):
+        for part in parts:
+            try:
+                key = key_of(index, part)
+                if key in cache:
+                    continue
+                item = read(index, part)
+            except BAD_SAMPLE_ERRORS as error:
+                logger.warning("%s %d is not encoded: %s", unit, index, error)
+                break
+            with torch.no_grad():
+                cache.save(key, encode(index, part, item))
+    processes.wait_for_everyone()
 
 
 def _write_atomically(path: Path, write: Any) -> None:

@@ -111,7 +111,7 @@ def problems_of(directory: Path, *, compare_content: bool = True) -> list[str]:
 def publish(accelerator: Accelerator, final: Path, write: Callable[[Path], None]) -> None:
     """Makes `final` appear with all that `write(folder)` puts into it, or not at all. Called on all processes.
 
-    An older folder of that name is replaced once the new one is whole.
+    An older folder of that name is replaced once the new one is whole. What a failure leaves unfinished is deleted.
     """
     staging = final.with_name(f".{final.name}{STAGING_SUFFIX}")
     try:
@@ -125,10 +125,10 @@ def publish(accelerator: Accelerator, final: Path, write: Callable[[Path], None]
             seal(staging)
             _replace(staging, final)
         accelerator.wait_for_everyone()
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
+        shutil.rmtree(staging, ignore_errors=True)
         if not _is_full_disk(error):
             raise
-        shutil.rmtree(staging, ignore_errors=True)
         free_mib = shutil.disk_usage(final.parent).free >> 20
         raise CheckpointError(
             f"the disk of {final.parent} is full ({free_mib} MiB free): {final.name} was not written, older "
@@ -147,7 +147,12 @@ def _is_full_disk(error: BaseException) -> bool:
 def _replace(staging: Path, final: Path) -> None:
     """Puts a sealed folder in its place; an older one of that name is deleted only after that."""
     doomed = _doom(final)
-    os.rename(staging, final)  # a kill between the two: `clean_up` finishes this
+    try:
+        os.rename(staging, final)  # a kill between the two: `clean_up` finishes this
+    except OSError:
+        if doomed.exists():
+            os.rename(doomed, final)
+        raise
     _fsync(final.parent)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -238,14 +243,12 @@ def _find(output_dir: Path, wanted: str | None) -> Path | None:
                 "with another --output_dir"
             )
         return found
-    candidates = [Path(wanted), output_dir / wanted]
+    candidates = dict.fromkeys((Path(wanted), output_dir / wanted))  # one, if it is absolute
     chosen = next((path for path in candidates if path.is_dir()), None)
     if chosen is None:
         known = ", ".join(path.name for path in listed(output_dir)) or "none"
-        raise CheckpointError(
-            f"there is no checkpoint {wanted!r}; tried {', '.join(map(str, candidates))}. Checkpoints in "
-            f"{output_dir}: {known}"
-        )
+        tried = f"; tried {', '.join(map(str, candidates))}" if len(candidates) > 1 else ""
+        raise CheckpointError(f"there is no checkpoint {wanted!r}{tried}. Checkpoints in {output_dir}: {known}")
     problems = problems_of(chosen)
     if problems:
         raise CheckpointError(f"{chosen} cannot be resumed from: {'; '.join(problems[:3])}")
@@ -293,6 +296,8 @@ class TrainedWeights(nn.Module):
 
     It takes the network's place in `Checkpoints` and `EMA`, and nowhere else. Not for sharded networks.
     """
+
+    network: nn.Module
 
     def __init__(self, network: nn.Module):
         super().__init__()

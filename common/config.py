@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import re
 import sys
+import sysconfig
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,8 +29,18 @@ from omegaconf import OmegaConf
 
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 NULL_WORDS = ("none", "null", "~")
+CODE = Path(__file__).resolve().parents[1]  # the repository, or where an installation put the packages
+SHARE = Path(sysconfig.get_path("data")) / "share" / "visual-trainers"  # configs/ of an installation
 MASK = "***"
-WARMED_UP = "lr_scheduler=linear|cosine|cosine_with_restarts|polynomial|constant_with_warmup"
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "piecewise_constant",
+]
 
 
 class ConfigError(ValueError):
@@ -42,7 +53,7 @@ class ConfigError(ValueError):
 
 def option(
     default: Any,
-    help: str,
+    help: str | None = None,
     *,
     minimum: float | None = None,
     above: float | None = None,
@@ -55,7 +66,8 @@ def option(
 
     Args:
         default: the value, immutable.
-        help: one sentence with the unit; it becomes the `--help` text.
+        help: one sentence with the unit; it becomes the `--help` text. Without it this is another default of a field
+            that a base of the section has (see `Section`), which keeps its help, its limits and all else.
         minimum, above, maximum: inclusive lower, exclusive lower and inclusive upper limit of a number.
         secret: never written to a file, a log or a tracker.
         state: a change between save and resume would break the saved state, so it is refused.
@@ -70,18 +82,33 @@ def option(
     )
 
 
+class Section:
+    """Base of the sections below; fields of theirs can be declared again with nothing but another default."""
+
+    def __init_subclass__(cls) -> None:
+        for name, given in list(vars(cls).items()):
+            if isinstance(given, dataclasses.Field) and given.metadata["help"] is None:
+                known = (getattr(base, "__dataclass_fields__", {}).get(name) for base in cls.__mro__[1:])
+                inherited = next(filter(None, known), None)
+                assert inherited is not None, f"{cls.__name__}.{name} needs a help text: no base section has the field"
+                again = field(default=given.default, repr=inherited.repr, metadata=inherited.metadata)
+                setattr(cls, name, again)
+
+
 # The sections that every trainer has ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     output_dir: str = option("runs/run", "folder of checkpoints, metrics and images; shared by all nodes")
     seed: int = option(0, "seed of data order, augmentation and every draw of the loss", minimum=0, state=True)
-    max_train_steps: int | None = option(None, "optimizer steps to train; overrides num_train_epochs", minimum=1)
+    max_train_steps: int | None = option(None, "optimizer steps to train; null counts epochs", minimum=1)
     num_train_epochs: int = option(
         100, "passes over the data, where max_train_steps is not given", minimum=1, needs="max_train_steps=null"
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "autocast type; null obeys the launcher")
+    mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
+        None, "autocast type, no or fp32 for none; null obeys the launcher"
+    )
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere and newer GPUs")
     process_group_timeout_s: int = option(1800, "seconds a collective may take before the run is ended", minimum=1)
     hang_timeout_s: float = option(1800.0, "seconds without any progress after which a run ends; 0 is never", minimum=0)
@@ -91,9 +118,13 @@ class RunConfig:
     preflight: bool = option(False, "try data, disk, weights and two steps in a scratch folder, give a verdict, stop")
     allow_changed: tuple[str, ...] = option((), "settings that may change on resume though they break the state")
 
+    def __post_init__(self) -> None:
+        if self.mixed_precision == "fp32":
+            object.__setattr__(self, "mixed_precision", "no")  # as the launcher and Accelerate spell it
+
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     batch_size: int = option(1, "samples per process and micro-batch", minimum=1)
     num_workers: int = option(0, "loader processes per process; 0 loads in the training process", minimum=0)
     sample_timeout_s: float = option(
@@ -103,26 +134,8 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class AdamWConfig(Section):
     learning_rate: float = option(1e-4, "base learning rate", minimum=0)
-    scale_lr: bool = option(False, "multiply the learning rate by accumulation x batch size x processes")
-    lr_scheduler: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "piecewise_constant",
-    ] = option("constant", "learning-rate schedule, over optimizer steps")
-    lr_warmup_steps: int = option(
-        0, "optimizer steps of linear warm-up; none with `constant`", minimum=0, needs=WARMED_UP
-    )
-    lr_num_cycles: int = option(1, "hard restarts", minimum=1, needs="lr_scheduler=cosine_with_restarts")
-    lr_power: float = option(1.0, "power of polynomial", above=0, needs="lr_scheduler=polynomial")
-    lr_step_rules: str | None = option(
-        None, "`factor:until_step,...,last_factor`, e.g. 1:1000,0.1", needs="lr_scheduler=piecewise_constant"
-    )
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", minimum=1)
     adam_beta1: float = option(0.9, "AdamW beta 1", minimum=0, maximum=1)
     adam_beta2: float = option(0.999, "AdamW beta 2", minimum=0, maximum=1)
@@ -130,6 +143,25 @@ class OptimConfig:
     adam_epsilon: float = option(1e-8, "AdamW epsilon", above=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm; 0 is off", minimum=0)
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes (extra `bnb`)", state=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(AdamWConfig):
+    """With the learning rates and the moving average of diffusers' scripts."""
+
+    scale_lr: bool = option(False, "multiply the learning rate by accumulation x batch size x processes")
+    lr_scheduler: Schedule = option("constant", "learning-rate schedule, over optimizer steps")
+    lr_warmup_steps: int = option(
+        0,
+        "optimizer steps of linear warm-up; none with `constant`",
+        minimum=0,
+        needs="lr_scheduler=linear|cosine|cosine_with_restarts|polynomial|constant_with_warmup",
+    )
+    lr_num_cycles: int = option(1, "hard restarts", minimum=1, needs="lr_scheduler=cosine_with_restarts")
+    lr_power: float = option(1.0, "power of polynomial", above=0, needs="lr_scheduler=polynomial")
+    lr_step_rules: str | None = option(
+        None, "`factor:until_step,...,last_factor`, e.g. 1:1000,0.1", needs="lr_scheduler=piecewise_constant"
+    )
     use_ema: bool = option(False, "average the weights (EMA); the average is validated and exported", state=True)
     ema_decay: float = option(
         0.9999, "upper bound of the EMA decay (1 + n) / (10 + n)", minimum=0, maximum=1, needs="use_ema"
@@ -138,14 +170,14 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints", minimum=1)
     checkpoints_total_limit: int | None = option(None, "checkpoints kept; older ones go after a save", minimum=1)
     resume_from_checkpoint: str | None = option(None, "`latest`, a checkpoint folder, or its name under output_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Section):
     report_to: str = option("tensorboard", "tracker(s), comma-separated: tensorboard, wandb, ..., all or none")
     logging_dir: str = option("logs", "folder of tracker files, under output_dir unless absolute")
     tracker_project_name: str = option("training", "project name in the tracker")
@@ -154,10 +186,60 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
+class ValidationConfig(Section):
     validation_steps: int | None = option(None, "optimizer steps between validations; null counts epochs", minimum=1)
     validation_epochs: int = option(1, "epochs between validations", minimum=1, needs="validation_steps=null")
     validate_at_start: bool = option(True, "validate once before the first step")
+
+
+# What some trainers have in common ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModelConfig(Section):
+    """A base model of the hub, or a copy of it on disk."""
+
+    pretrained_model_name_or_path: str | None = option(None, "base model: a folder or a hub id; required")
+    revision: str | None = option(None, "revision of hub ids")
+    cache_dir: str | None = option(None, "folder of hub downloads")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingLossConfig(Section):
+    """The loss of the Stable Diffusion family, with diffusers' extras."""
+
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        None, "what the UNet predicts; null is what the scheduler's file says", state=True
+    )
+    use_classifier_free_guidance: bool = option(True, "drop conditions at random, so that guidance works")
+    noise_offset: float = option(0.0, "strength of the noise offset; 0 is off", minimum=0)
+    input_perturbation: float = option(0.0, "extra noise of the input that the target lacks; 0 is off", minimum=0)
+    snr_gamma: float | None = option(None, "cap of min-SNR loss weights, recommended 5; null is off", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig(ValidationConfig):
+    """Validation on items that training never sees."""
+
+    max_validation_items: int | None = option(None, "held-out items per validation; null is all", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig(HeldOutConfig):
+    """The same, with results that are compared with pictures."""
+
+    lpips_weights: str | None = option(
+        None, "AlexNet weights of torchvision for LPIPS; null looks in torch hub's cache"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedSamplerConfig(Section):
+    """How results are sampled, in validation and in inference."""
+
+    num_inference_steps: int = option(20, "sampler steps", minimum=1)
+    guidance_scale: float = option(1.0, "classifier-free guidance; 1 is off and halves the cost", above=0)
 
 
 # The table of fields --------------------------------------------------------------------------------------------------
@@ -308,6 +390,7 @@ class Parser:
         aliases: historic spelling -> `section.field`.
         ignored: historic spelling -> why it has no effect; accepted with a warning.
         check: cross-section checks; returns one sentence per problem.
+        resolve: fills in what follows from other settings, once all are known to be good.
         program, description: for `--help`.
         default_yaml: YAML file that is read where none is named.
         yaml_flags: spellings of `--config`.
@@ -320,12 +403,14 @@ class Parser:
         aliases: Mapping[str, str] | None = None,
         ignored: Mapping[str, str] | None = None,
         check: Callable[[Any], list[str]] = lambda config: [],
+        resolve: Callable[[Any], Any] = lambda config: config,
         program: str = "train",
         description: str = "",
         default_yaml: str | None = None,
         yaml_flags: Sequence[str] = ("config",),
     ):
-        self.config_class, self.ignored, self.check = config_class, dict(ignored or {}), check
+        self.config_class, self.ignored = config_class, dict(ignored or {})
+        self.check, self.resolve = check, resolve
         self.program, self.description = program, description
         self.default_yaml, self.yaml_flags = default_yaml, yaml_flags
         self.knobs = knobs(config_class, aliases or {})
@@ -333,6 +418,11 @@ class Parser:
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, list[str]]:
         """The configuration and the warnings; raises ConfigError with every problem found."""
+        config, warnings = self._read(argv)
+        return self.resolve(config), warnings
+
+    def _read(self, argv: Sequence[str]) -> tuple[Any, list[str]]:
+        """As `parse`, with what follows from other settings left open."""
         problems: list[str] = []
         warnings: list[str] = []
         dotted, flags, yaml_path = self._split(argv, problems)
@@ -352,21 +442,26 @@ class Parser:
             raise ConfigError(problems)
         return config, warnings + self._without_effect(config, merged)
 
-    def parse_or_exit(self, argv: Sequence[str]) -> tuple[Any, list[str]]:
-        """As `parse`; prints `--help` or `--print_config` and exits 0, prints problems and exits 2."""
+    def parse_or_exit(self, argv: Sequence[str] | None = None) -> tuple[Any, list[str]]:
+        """As `parse`; prints `--help` or `--print_config` and exits 0, prints problems and exits 2.
+
+        Args:
+            argv: None is the process's own.
+        """
+        argv = sys.argv[1:] if argv is None else argv
         rest = [token for token in argv if token not in ("--help", "-h", "--print_config")]
         if "--help" in argv or "-h" in argv:
             print(self.help())
             sys.exit(0)
         try:
-            config, warnings = self.parse(rest)
+            config, warnings = self._read(rest)
         except ConfigError as error:
             print(f"{self.program}: the configuration cannot be used:\n{error}", file=sys.stderr)
             sys.exit(2)
         if "--print_config" in argv:
-            print(to_yaml(config), end="")
+            print(to_yaml(config), end="")  # not resolved: on another machine, or with other flags, more may follow
             sys.exit(0)
-        return config, warnings
+        return self.resolve(config), warnings
 
     def _split(self, argv: Sequence[str], problems: list[str]) -> tuple[list, list, str | None]:
         """Tokens into dotted overrides, flags (lists of (spelling, value)) and the YAML path."""
@@ -411,7 +506,7 @@ class Parser:
         if knob.annotation is bool:
             is_word = tokens and tokens[0].lower() in (*TRUE_WORDS, *FALSE_WORDS)
             return [tokens.pop(0)] if is_word else ["true"]
-        if typing.get_origin(knob.annotation) is tuple:
+        if any(typing.get_origin(kind) is tuple for kind in (knob.annotation, *typing.get_args(knob.annotation))):
             taken = []
             while tokens and not tokens[0].startswith("--") and not self._is_override(tokens[0]):
                 taken.append(tokens.pop(0))
@@ -421,8 +516,11 @@ class Parser:
         return [tokens.pop(0)] if is_value else []
 
     def _is_override(self, token: str) -> bool:
+        """Whether it is `key=value`, be it with a mistake in the key: `optim.nope=1`, but not `a=b`."""
         name, equals, _ = token.partition("=")
-        return bool(equals) and name in self.names
+        section, dot, _ = name.partition(".")
+        is_dotted = bool(dot) and any(known.startswith(f"{section}.") for known in self.names)
+        return bool(equals) and (name in self.names or is_dotted)
 
     def _file_layer(self, path: str, dotted: list[tuple[str, str]], problems: list[str], warnings: list[str]) -> _Layer:
         """The values of a YAML file, whose interpolations see the overrides of the command line."""
@@ -464,7 +562,7 @@ class Parser:
         prefix = "--" if source == "flag" else ""
         for name, value in pairs:
             if name in self.ignored:
-                if value is not None and value is not False:  # `push_to_hub: No` asks for nothing
+                if not (value is None or value is False or value == -1):  # `push_to_hub: No` asks for nothing
                     warnings.append(f"{prefix}{name} has no effect: {self.ignored[name]}")
             elif name not in self.names:
                 exact = [path for path in self.knobs if path.endswith(f".{name}")]
@@ -532,14 +630,16 @@ class Parser:
         lines += [self.description.strip(), ""] if self.description else []
         flag = " ".join(f"--{name}" for name in self.yaml_flags)
         lines += [f"  {flag} FILE        YAML file; later layers win: defaults < YAML < section.field=value < --flags"]
-        lines += ["  --print_config       print the resolved configuration and stop"]
+        lines += ["  --print_config       print the merged configuration and stop"]
         lines += ["  --help               this text"]
-        section = ""
+        section, sections = "", {path.split(".")[0] for path in self.knobs}
         for knob in self.knobs.values():
             if knob.path.split(".")[0] != section:
                 section = knob.path.split(".")[0]
                 lines += ["", f"{section}:"]
-            spelled = ", ".join([knob.path, *(f"--{s}" for s in knob.spellings)])
+            # A former place of a field, `data.output`, still reads old files; nobody need type it.
+            current = [s for s in knob.spellings if s.split(".")[0] not in sections or "." not in s]
+            spelled = ", ".join([knob.path, *(f"--{s}" for s in current)])
             default = "null" if knob.default is None else knob.default
             kind = describe_type(knob.annotation)
             lines += [f"  {spelled}", f"      {kind}, default {default}: {knob.metadata['help']}"]
@@ -550,17 +650,18 @@ class Parser:
 
 
 def find_file(path: str, setting: str = "") -> Path:
-    """`path` if absolute, else under the working directory, else under the repository root.
+    """`path` if absolute, else under the working directory, else in the repository or what an installation brought.
 
     Raises:
         FileNotFoundError: it is in none of them; names the places tried, and the `setting` to change.
     """
-    candidates = [Path(path)] if Path(path).is_absolute() else [Path.cwd() / path, Path(__file__).parents[1] / path]
+    candidates = dict.fromkeys(folder / path for folder in (Path.cwd(), CODE, *([SHARE] if SHARE.is_dir() else [])))
     for candidate in candidates:
         if candidate.exists():
             return candidate
+    tried = "" if Path(path).is_absolute() else f"; tried {', '.join(map(str, candidates))}"
     remedy = f"; set {setting} to where it is" if setting else ""
-    raise FileNotFoundError(f"{path} was not found; tried {', '.join(map(str, candidates))}{remedy}")
+    raise FileNotFoundError(f"{path} was not found{tried}{remedy}")
 
 
 def folder_or_id(name: str) -> str:
@@ -589,7 +690,7 @@ def to_dict(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML; it can be passed back with `--config`, except for masked secrets."""
+    """A configuration as YAML; it can be passed back with `--config`, except for masked secrets."""
     return yaml.safe_dump(_escaped(to_dict(config)), sort_keys=False)
 
 

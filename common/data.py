@@ -300,22 +300,25 @@ class SampleLoader:
 
     def _note_bad(self, record: dict[str, Any]) -> None:
         self._read_bad_items()
-        if record["item"] in self.bad_items:
+        if record["item"] in (self.dataset.forbidden if record.get("forbidden") else self.bad_items):
             return
         self.bad_samples_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.bad_samples_path, "ab+") as file:  # one short line per write: processes do not interleave
             is_torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
             file.write((b"\n" if is_torn else b"") + json.dumps(record).encode() + b"\n")
-        self._read_bad_items()
+        self._remember(record)
 
     def _read_bad_items(self) -> None:
         """What all processes have found so far, and earlier starts of this run."""
         for record in _read_json_lines(self.bad_samples_path):
             if not (isinstance(record, dict) and isinstance(record.get("item"), int)):
                 continue  # what a crash left of a line
-            self.bad_items.add(record["item"])
-            if record.get("forbidden"):
-                self.dataset.forbidden.add(record["item"])
+            self._remember(record)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        self.bad_items.add(record["item"])
+        if record.get("forbidden"):
+            self.dataset.forbidden.add(record["item"])
 
 
 _loader_processes: set[Any] = set()

@@ -1,11 +1,9 @@
 """The loop. It knows optimizer steps, accumulation, learning rates, checkpoints and validation; it knows no trainer."""
 
-import dataclasses
 import json
 import logging
 import math
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -14,17 +12,17 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list, send_to_device
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from common import checkpoint as checkpoints
 from common import config as configs
 from common.checkpoint import Checkpoints, publish
 from common.config import CheckpointConfig, DataConfig, LogConfig, RunConfig, ValidationConfig
-from common.data import Fetcher, SampleLoader, SamplePlan, SampleSource
+from common.data import Fetcher, SampleLoader, SamplePlan
 from common.log import METRICS, RunLog
-from common.measure import Meter, parse_steps
+from common.measure import Meter
 from common.optim import Learner
 from common.runtime import StopRequested, StopSignal, seed_model_randomness, versions
 from common.sharding import is_sharded, whole, whole_of
@@ -97,8 +95,7 @@ class Run:
         step: optimizer steps done.
         sample: samples consumed, so the number of the next one.
         total_steps: optimizer steps at which the run is complete.
-        global_batch: samples per optimizer step, over all processes.
-        num_items: of the training set; an epoch is that many samples.
+        plan: items by sample number; `num_items` of them are an epoch, `global_batch` an optimizer step.
         validation_is_owed: a validation at this very step is still to be done.
         fingerprint: of the data set; a checkpoint of another one is refused.
         memory_knobs: settings that lower the need of memory, for the message when there is too little.
@@ -106,15 +103,15 @@ class Run:
 
     accelerator: Accelerator
     config: Settings
+    learners: Mapping[str, Learner]
     log: RunLog
     checkpoints: Checkpoints
     stop: StopSignal
     watch: Watch
     meter: Meter
     output_dir: Path
+    plan: SamplePlan
     total_steps: int
-    global_batch: int
-    num_items: int
     step: int = 0
     sample: int = 0
     validation_is_owed: bool = False
@@ -128,22 +125,22 @@ class Run:
         validation = self.config.validation
         if validation.validation_steps:
             return self.step % validation.validation_steps == 0
-        samples = self.num_items * validation.validation_epochs
-        return self.sample // samples > (self.sample - self.global_batch) // samples
+        samples = self.plan.num_items * validation.validation_epochs
+        return self.sample // samples > (self.sample - self.plan.global_batch) // samples
 
-    def begin(self, resume_point: Path | None, learners: Mapping[str, Learner]) -> None:
+    def begin(self, resume_point: Path | None) -> None:
         """Restores models, optimizers, averages and position from `resume_point`, if any; reports what will happen."""
         if resume_point:
             self.checkpoints.load(resume_point)
             state = checkpoints.read_state(resume_point)
             self.step, self.sample = state["step"], state["sample"]
             self.validation_is_owed = state["validation_is_owed"]
-            if state["global_batch"] != self.global_batch:
+            if state["global_batch"] != self.plan.global_batch:
                 logger.warning(
                     "the global batch was %d and is now %d: the data go on from sample %d, but steps hold other "
                     "samples than in a run never stopped",
                     state["global_batch"],
-                    self.global_batch,
+                    self.plan.global_batch,
                     self.sample,
                 )
         if self.step > self.total_steps:
@@ -154,186 +151,57 @@ class Run:
         self.log.begin(self.step)
         if self.accelerator.is_main_process:
             (self.output_dir / "config.yaml").write_text(configs.to_yaml(self.config))
-        for fact in self.facts(resume_point, learners):
+        for fact in self.facts(resume_point):
             logger.info("%s", fact)
 
-    def facts(self, resume_point: Path | None, learners: Mapping[str, Learner]) -> list[str]:
+    def facts(self, resume_point: Path | None) -> list[str]:
         """What the user should see before the first step, one line each."""
         accelerator = self.accelerator
-        per_process = self.global_batch // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
+        per_process = self.plan.global_batch // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
         lines = []
-        for name, learner in learners.items():
+        for name, learner in self.learners.items():
             sizes = [(p.numel(), p.requires_grad) for p in learner.model.parameters()]
             trained, frozen = (sum(size for size, grad in sizes if grad is wanted) for wanted in (True, False))
             rate = learner.learning_rate(self.step)
             lines.append(f"{name}: {trained:,} parameters are trained, {frozen:,} frozen; learning rate {rate:.3g}")
             if is_sharded(learner.model):
                 lines.append(f"{name}: sharded over the processes (FSDP2), whole on each for validation and export")
-        epochs = self.total_steps * self.global_batch / self.num_items
+        epochs = self.total_steps * self.plan.global_batch / self.plan.num_items
         return [
             *lines,
-            f"global batch {self.global_batch} = {accelerator.num_processes} processes x "
-            f"{accelerator.gradient_accumulation_steps} accumulated x {per_process}; {self.num_items} items",
+            f"global batch {self.plan.global_batch} = {accelerator.num_processes} processes x "
+            f"{accelerator.gradient_accumulation_steps} accumulated x {per_process}; {self.plan.num_items} items",
             f"{self.total_steps} optimizer steps ({epochs:.1f} epochs), precision {accelerator.mixed_precision}, "
             f"device {accelerator.device}",
-            f"resumed from {resume_point} at step {self.step}" if resume_point else f"fresh start at step {self.step}",
+            self._beginning(resume_point),
             f"checkpoints, {METRICS}, pictures and export go to {self.output_dir.resolve()}",
         ]
+
+    def _beginning(self, resume_point: Path | None) -> str:
+        if not resume_point:
+            wanted = self.config.checkpoint.resume_from_checkpoint
+            absent = f": {wanted} asks for a checkpoint, and {self.output_dir} holds none yet" if wanted else ""
+            return f"fresh start at step {self.step}{absent}"
+        done = ", the last one: raise max_train_steps or num_train_epochs to train on" * (self.step == self.total_steps)
+        return f"resumed from {resume_point} at step {self.step}{done}"
 
     def end(self) -> None:
         """Closes what was opened, on every process, after a run that ended well."""
         self.log.close()
         self.accelerator.wait_for_everyone()
         self.watch.end()
+        self.accelerator.wait_for_everyone()  # the folder may be deleted from here on: nobody writes into it any more
 
     def save(self) -> None:
         """A checkpoint of this moment."""
         state = {"step": self.step, "sample": self.sample, "validation_is_owed": self.validation_is_owed}
-        state |= {"world_size": self.accelerator.num_processes, "global_batch": self.global_batch}
+        state |= {"world_size": self.accelerator.num_processes, "global_batch": self.plan.global_batch}
         state |= {"fingerprint": dict(self.fingerprint), "versions": versions(), "config": configs.to_dict(self.config)}
         with self.watch.phase("save", step=self.step):
             self.checkpoints.save(self.step, state)
 
 
-def open_run(
-    accelerator: Accelerator,
-    config: Settings,
-    stop: StopSignal,
-    *,
-    models: Mapping[str, nn.Module],
-    learners: Mapping[str, Learner],
-    num_items: int,
-    fingerprint: Mapping[str, Any],
-    resume_point: Path | None,
-    tracker_arguments: Mapping[str, Mapping[str, Any]] | None = None,
-    **more: Any,
-) -> Run:
-    """A run, restored from `resume_point` if there is one, with what is about to happen reported.
-
-    Args:
-        models: unwrapped trained models by the name of their folder in a checkpoint, in the order of `prepare`.
-        learners: what trains them; averages are saved under the names of the models they belong to.
-        tracker_arguments: by tracker, for its start.
-        more: further fields of `Run`.
-    """
-    output_dir, is_main = Path(config.run.output_dir), accelerator.is_main_process
-    global_batch = batch_of(accelerator, config)
-    token = [uuid.uuid4().hex]
-    broadcast_object_list(token)
-    rank, num_processes = accelerator.process_index, accelerator.num_processes
-    averages = [learner.ema for learner in learners.values() if learner.ema]
-    emas = {name: ema for name, model in models.items() for ema in averages if ema.module is model}
-    run = Run(
-        accelerator=accelerator,
-        config=config,
-        log=RunLog(
-            output_dir, config.log, configs.to_dict(config), is_main=is_main, tracker_arguments=tracker_arguments
-        ),
-        checkpoints=Checkpoints(accelerator, output_dir, models, emas, config.checkpoint.checkpoints_total_limit),
-        stop=stop,
-        watch=Watch(output_dir / "watch", token[0], rank, num_processes, config.run.hang_timeout_s),
-        meter=Meter(
-            accelerator.device,
-            accelerator.gradient_accumulation_steps,
-            parse_steps(config.log.profile),
-            output_dir / "profile" / f"rank-{rank}.json",
-            num_kinds=len(learners),
-        ),
-        output_dir=output_dir,
-        total_steps=total_steps(config.run, num_items, global_batch),
-        global_batch=global_batch,
-        num_items=num_items,
-        validation_is_owed=config.validation.validate_at_start,
-        fingerprint=fingerprint,
-        **more,
-    )
-    stop.on_progress = run.watch.moved
-    run.begin(resume_point, learners)
-    return run
-
-
-def aside_if_replaying(config: Any) -> Any:
-    """With `replay` the run writes into a folder of its own, so that nothing of the recorded run is touched."""
-    if not config.run.replay:
-        return config
-    folder = Path(config.run.output_dir) / "replay"
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, output_dir=str(folder)),
-        checkpoint=dataclasses.replace(config.checkpoint, resume_from_checkpoint=None),
-        log=dataclasses.replace(config.log, report_to="none"),
-    )
-
-
-def open_loader(run: Run, source: SampleSource, plan: SamplePlan) -> SampleLoader:
-    """The loader of a run's training data."""
-    data, accelerator = run.config.data, run.accelerator
-    return SampleLoader(
-        source,
-        plan,
-        micro_batch=data.batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=data.num_workers,
-        bad_samples_path=run.output_dir / "bad_samples.jsonl",
-        max_bad_fraction=data.max_bad_fraction,
-        sample_timeout_s=data.sample_timeout_s,
-    )
-
-
-def batch_of(accelerator: Accelerator, config: Settings) -> int:
-    """Samples of one optimizer step over all processes."""
-    return config.data.batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
-
-
-def total_steps(run: RunConfig, num_items: int, global_batch: int) -> int:
-    """Optimizer steps of a run: `max_train_steps`, or enough for `num_train_epochs` x `num_items` samples."""
-    return run.max_train_steps or math.ceil(run.num_train_epochs * num_items / global_batch)
-
-
-def require_enough_items(num_items: int, batch_size: int, num_processes: int) -> None:
-    """ValueError if not even the micro-batches of all processes can hold different items."""
-    if batch_size * num_processes > num_items:
-        raise ValueError(
-            f"the batch is larger than the data: data.batch_size {batch_size} x {num_processes} processes is "
-            f"{batch_size * num_processes}, the training items are {num_items}; lower the batch size or add data"
-        )
-
-
-def find_resume_point(
-    accelerator: Accelerator, config: Any, output_dir: Path, fingerprint: Mapping[str, Any]
-) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means, or None for a fresh start; called before weights are loaded.
-
-    Settings that differ from the checkpoint's are named in the log.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or a changed setting would break the saved state.
-    """
-    found = checkpoints.find(accelerator, output_dir, config.checkpoint.resume_from_checkpoint)
-    if found is None:
-        return None
-    saved = checkpoints.read_state(found)
-    changed = configs.changes(saved["config"], config)
-    changed += [
-        configs.Change(f"data.{key}", saved["fingerprint"].get(key), value, breaks_state=True)
-        for key, value in json.loads(json.dumps(fingerprint)).items()
-        if saved["fingerprint"].get(key) != value
-    ]
-    harmless = ("checkpoint.resume_from_checkpoint", "run.allow_changed")
-    broken = [c for c in changed if c.breaks_state and c.path not in config.run.allow_changed]
-    if broken:
-        raise checkpoints.CheckpointError(
-            f"{found} was made with other settings, on which its state depends: {'; '.join(map(str, broken))}. "
-            f"Set them back, or insist with --allow_changed {' '.join(c.path for c in broken)}"
-        )
-    for change in changed:
-        if accelerator.is_main_process and change.path not in harmless:
-            logger.warning("changed since %s: %s", found.name, change)
-    return found
-
-
-def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learner]) -> bool:
+def fit(run: Run, task: Task, loader: SampleLoader) -> bool:
     """Trains from `run.step` to `run.total_steps`, then exports. Returns False if it was asked to stop before.
 
     A checkpoint is written every `checkpointing_steps`, at the end, and when the run is asked to stop.
@@ -341,25 +209,25 @@ def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learn
     Raises:
         NonFiniteError, PeerLost, OutOfMemory, RuntimeError: see their texts; the last checkpoint is whole.
     """
-    accelerator, config, log = run.accelerator, run.config, run.log
+    config, log, learners = run.config, run.log, run.learners
     fetcher = Fetcher(loader.batches(run.sample, run.total_steps - run.step))
-    bar = tqdm(total=run.total_steps, initial=run.step, disable=not accelerator.is_main_process, unit="step")
-    skipped: dict[str, list[int]] = {name: [] for name in learners}  # steps in a row that were not finite
+    bar = tqdm(total=run.total_steps, initial=run.step, disable=not run.accelerator.is_main_process, unit="step")
+    first_step, skipped = run.step, {name: [] for name in learners}  # steps in a row that were not finite
     stopped, shown = False, {}
     with run.watch.naming_lost_peers(), naming_memory(run), closing(fetcher), closing(bar):
         try:
             if run.validation_is_owed:
-                validate(run, task, learners)
+                validate(run, task)
             while run.step < run.total_steps and not stopped:
                 # Pass forward and backward over the micro-batches of one optimizer step.
                 started = time.perf_counter()
                 run.meter.profile(run.step + 1)
-                output, sums = accumulate(run, task, fetcher, learners)
+                output, sums = accumulate(run, task, fetcher)
                 learner = learners[output.optimizer]
 
                 # Agree over processes on the means and on whether to stop; step, unless something is not finite.
                 with run.watch.phase("collective"):
-                    grad_norm = clip_gradients(accelerator, learner)
+                    grad_norm = clip_gradients(run.accelerator, learner)
                     means = _agree(run, sums, grad_norm=grad_norm, too_many_bad=loader.too_many_bad)
                 stopped, too_many_bad = means.pop("_stop") > 0, means.pop("_too_many_bad") > 0
                 finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
@@ -369,12 +237,12 @@ def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learn
                         report_nonfinite(run, output.optimizer, means, skipped[output.optimizer])
                     take_step(run, learner, finite)
                 run.step += 1
-                run.sample += run.global_batch
+                run.sample += run.plan.global_batch
 
                 # Report.
                 step_s = time.perf_counter() - started
-                means |= {"lr": learner.learning_rate(run.step - 1), "epoch": run.sample / run.num_items}
-                means |= run.meter.of_step(step_s, run.watch.take_seconds(), run.global_batch, output.optimizer)
+                means |= {"lr": learner.learning_rate(run.step - 1), "epoch": run.sample / run.plan.num_items}
+                means |= run.meter.of_step(step_s, run.watch.take_seconds(), run.plan.global_batch, output.optimizer)
                 kind = "train" if output.optimizer == "model" else f"train_{output.optimizer}"
                 if run.step % config.log.log_every_steps < len(learners) or run.step == run.total_steps:
                     log.metrics(run.step, kind, means | _spread(run, means))
@@ -385,7 +253,7 @@ def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learn
                 # Validate, save.
                 run.validation_is_owed = run.validation_is_due()
                 if run.validation_is_owed and not stopped:
-                    validate(run, task, learners)
+                    validate(run, task)
                 if stopped or run.step == run.total_steps or run.step % config.checkpoint.checkpointing_steps == 0:
                     run.save()
                 if too_many_bad:
@@ -395,37 +263,37 @@ def fit(run: Run, task: Task, loader: SampleLoader, learners: Mapping[str, Learn
             run.save()
         run.meter.end_profile()
         if run.step == run.total_steps and not run.validation_is_owed:
+            _require_finite_steps(run, run.step - first_step, skipped)
             with run.watch.phase("export"), averaged(learners):
-                publish(accelerator, run.output_dir / EXPORT, task.export)
+                publish(run.accelerator, run.output_dir / EXPORT, task.export)
+            logger.info("done after step %d: the trained weights are in %s", run.step, run.output_dir / EXPORT)
             return True
     logger.info("stopped after step %d; continue with --resume_from_checkpoint latest", run.step)
     return False
 
 
-def accumulate(
-    run: Run, task: Task, fetcher: Fetcher, learners: Mapping[str, Learner]
-) -> tuple[StepOutput, dict[str, Tensor]]:
+def accumulate(run: Run, task: Task, fetcher: Fetcher) -> tuple[StepOutput, dict[str, Tensor]]:
     """Gradients of the micro-batches of one optimizer step; its last output, and the sums of loss and metrics.
 
     Raises:
         StopRequested: on all processes, if one of them was asked to stop while it waited for data.
     """
-    accelerator, models = run.accelerator, [learner.model for learner in learners.values()]
-    for learner in learners.values():
+    accelerator, learners = run.accelerator, run.learners.values()
+    for learner in learners:
         learner.set_learning_rate(run.step)
     sums: dict[str, Tensor] = {}
     for _ in range(accelerator.gradient_accumulation_steps):
-        with run.watch.phase("data", step=run.step, samples=[run.sample, run.sample + run.global_batch - 1]):
+        with run.watch.phase("data", step=run.step, samples=[run.sample, run.sample + run.plan.global_batch - 1]):
             batch: Any = fetcher.next(give_up=lambda: run.stop.is_wanted)
         with run.watch.phase("collective"):
             if run.stop.agreed(batch is None):
-                for learner in learners.values():
+                for learner in learners:
                     learner.optimizer.zero_grad(set_to_none=True)
                 raise StopRequested
         numbers = batch["sample_number"].tolist()
         seed_model_randomness(run.config.run.seed, numbers[0])
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
-        with accelerator.accumulate(*models), run.meter.counting():
+        with accelerator.accumulate(*(learner.model for learner in learners)), run.meter.counting():
             with run.watch.phase("forward", samples=numbers):
                 output = task.training_step(batch, run.step)
             with run.watch.phase("backward"):
@@ -445,16 +313,16 @@ def take_step(run: Run, learner: Learner, finite: bool) -> None:
         learner.ema.update()
 
 
-def validate(run: Run, task: Task, learners: Mapping[str, Learner]) -> None:
+def validate(run: Run, task: Task) -> None:
     """Validates the averaged weights where there are any, else the weights themselves, and reports the metrics."""
     started = time.perf_counter()
     try:
-        for learner in learners.values():
+        for learner in run.learners.values():
             learner.model.eval()
-        with run.watch.phase("validation", step=run.step), averaged(learners), torch.no_grad():
+        with run.watch.phase("validation", step=run.step), averaged(run.learners), torch.no_grad():
             metrics = task.validate(run.step)
     finally:
-        for learner in learners.values():
+        for learner in run.learners.values():
             learner.model.train()
     run.validation_is_owed = False
     if metrics:
@@ -517,7 +385,7 @@ def report_nonfinite(run: Run, optimizer: str, means: Mapping[str, float], in_a_
     if scaler is not None and math.isfinite(means["loss"]) and scaler.get_scale() > 1:
         return  # fp16 gradients overflowed: the scaler lowers its scale until it finds one that fits
     record = {"step": run.step, "optimizer": optimizer, "seed": run.config.run.seed}
-    record |= {"first_sample": run.sample, "last_sample": run.sample + run.global_batch - 1}
+    record |= {"first_sample": run.sample, "last_sample": run.sample + run.plan.global_batch - 1}
     record |= {"loss": str(means["loss"]), "grad_norm": str(means["grad_norm"])}
     folder = run.output_dir / NONFINITE / f"step-{run.step}"
     if len(in_a_row) == 1:
@@ -543,6 +411,15 @@ def report_nonfinite(run: Run, optimizer: str, means: Mapping[str, float], in_a_
             "samples, then continue with --resume_from_checkpoint latest"
         )
     logger.warning("%s was skipped: %s", what, numbers)
+
+
+def _require_finite_steps(run: Run, num_steps: int, skipped: Mapping[str, Sequence[int]]) -> None:
+    """NonFiniteError if no step of this start changed a weight; the fp16 scaler may need a few to find its scale."""
+    if num_steps and sum(map(len, skipped.values())) == num_steps and run.accelerator.scaler is None:
+        raise NonFiniteError(
+            f"none of the {num_steps} steps was finite, so nothing was learned and nothing is exported; see "
+            f"{run.output_dir / NONFINITE}. Lower the learning rate, train in bf16 or fp32, or look at the samples"
+        )
 
 
 @contextmanager

@@ -147,12 +147,22 @@ class Lpips:
 
 
 def lpips_for_all(
-    net: str, backbone_weights: str | Path | None, processes: Processes, spatial: bool = False
+    net: str,
+    backbone_weights: str | Path | None,
+    processes: Processes,
+    spatial: bool = False,
+    *,
+    place: str = "validation",
+    required: bool = False,
 ) -> Lpips | None:
     """LPIPS on every process, or None on every process with the reason in the log; called on all of them.
 
+    Args:
+        place: what goes without, for the log.
+        required: there is no going without.
+
     Raises:
-        LpipsUnavailable: `backbone_weights` is given but cannot be used.
+        LpipsUnavailable: `backbone_weights` is given or the metric required, but cannot be had.
     """
     metric, reason = None, ""
     for turn in (True, False):  # the main process downloads first
@@ -160,7 +170,7 @@ def lpips_for_all(
             try:
                 metric = Lpips.load(net, backbone_weights, processes.device, spatial)
             except LpipsUnavailable as error:
-                if backbone_weights is not None:
+                if required or backbone_weights is not None:
                     raise
                 reason = str(error)
         processes.wait_for_everyone()
@@ -168,7 +178,7 @@ def lpips_for_all(
     if int(count) == processes.num_processes:
         return metric
     if processes.is_main_process:
-        logger.warning("no LPIPS in validation: %s", reason or "another process has no weights for it")
+        logger.warning("no LPIPS in %s: %s", place, reason or "another process has no weights for it")
     return None
 
 

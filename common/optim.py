@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config import OptimConfig
+from common.config import AdamWConfig, OptimConfig
 from common.sharding import part_of, sharded_like
 
 # Learning rate --------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def lr_schedule(optim: OptimConfig, total_steps: int, samples_per_step: int) -> 
 # Optimizers -----------------------------------------------------------------------------------------------------------
 
 
-def build_adamw(parameters: Iterable[Any], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_adamw(parameters: Iterable[Any], optim: AdamWConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over parameters or groups that require gradients; 8-bit with `use_8bit_adam`, else fused.
 
     A group may carry `lr_scale`, by which the loop multiplies its learning rate.

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,25 +25,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     patch_environment,
 )
 from torch import Tensor
 
-from common.config import RunConfig
+from common.config import CODE, RunConfig
 from common.data import rng_for
 from common.sharding import Sharding, shard, sharding_of_launcher
 
 logger = logging.getLogger(__name__)
 
-TOOL_WAIT_S = 24 * 3600
+TOOL_WAIT_S = 7 * 24 * 3600
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed.run")
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Processes(Protocol):
@@ -73,25 +75,42 @@ class ShardingAccelerator(Accelerator):
         self.sharding = sharding
 
     def prepare(self, *objects: Any, **_: Any) -> Any:
-        """A network and its optimizer; ValueError for more than these, or a second time."""
-        if len(objects) != 2 or self._models:
-            raise ValueError(
-                "FSDP shards one network per run, and this trainer trains two in turns: launch it without FSDP, e.g. "
-                "with accelerate_configs/ddp.yaml"
-            )
+        """The one network of a run and its optimizer."""
         model, optimizer = objects
         shard(model, optimizer, self.sharding, self.device, self.mixed_precision)
         # Evaluation mode adds autocast alone, and no DDP.
         return self.prepare_model(model, evaluation_mode=True), self.prepare_optimizer(optimizer, False)
 
 
-def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_parameters: bool = False) -> Accelerator:
+def start(
+    run: RunConfig,
+    gradient_accumulation_steps: int,
+    *,
+    max_grad_norm: float = 0.0,
+    num_networks: int = 1,
+    find_unused_parameters: bool = False,
+) -> Accelerator:
     """The Accelerator of a run, for any launcher: plain python, torchrun, `accelerate launch`.
 
     Accumulation windows never end early, loaders and schedules are ours, `mixed_precision` null obeys the launcher.
+
+    Args:
+        max_grad_norm: for DeepSpeed, which clips by itself; 0 is off.
+        num_networks: how many the trainer trains, in turns.
+
+    Raises:
+        ValueError: the launcher was told of a way to train that does not work here.
     """
     _end_with_launcher()
     sharding = sharding_of_launcher()
+    if num_networks > 1 and (sharding or _uses_deepspeed()):
+        name = "FSDP" if sharding else "DeepSpeed"
+        raise ValueError(
+            f"{name} shards one network per run, and this trainer trains two in turns: launch it without {name}, e.g. "
+            "with accelerate_configs/ddp.yaml"
+        )
+    if _uses_deepspeed():
+        require_deepspeed_settings(DeepSpeedPlugin(), gradient_accumulation_steps, max_grad_norm)
     if sharding is not None:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load on the main process alone
     accelerator = (partial(ShardingAccelerator, sharding) if sharding else Accelerator)(
@@ -111,7 +130,8 @@ def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_param
         ],
     )
     if accelerator.state.deepspeed_plugin is not None:
-        _set_up_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, accelerator.mixed_precision)
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        _set_up_deepspeed(config, accelerator.mixed_precision, max_grad_norm)
     _set_up_logging(accelerator)
     if run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -120,45 +140,78 @@ def start(run: RunConfig, gradient_accumulation_steps: int, *, find_unused_param
 
 
 def choose_device(wanted: str | None) -> None:
-    """Keeps to `wanted` (auto, cpu, cuda or None); called before the first look at the GPUs.
+    """Keeps to `wanted` (auto, cpu, cuda, cuda:N or None); called before the first look at the GPUs.
 
     Raises:
-        ValueError: for a GPU that is not there.
+        ValueError: for a GPU that is not there, or one GPU for several processes.
     """
-    if wanted == "cpu":
+    kind, _, number = (wanted or "auto").lower().partition(":")
+    if kind == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device auto or cpu")
+    elif kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {wanted}: PyTorch sees no CUDA GPU here; use --device auto or cpu")
+    elif number and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"--device {wanted} is one GPU, but several processes were started: use --device cuda, and "
+            "CUDA_VISIBLE_DEVICES to choose among the GPUs"
+        )
+    elif number and int(number) >= torch.cuda.device_count():
+        raise ValueError(f"--device {wanted}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs; use --device auto")
+    elif number:
+        torch.cuda.set_device(int(number))  # what Accelerate calls "cuda" is then this one
 
 
-def half_by_default(wanted: str | None) -> str | None:
-    """`wanted` as Accelerate spells it; None is the launcher's choice, and where it made none bf16 on a GPU."""
+def half_by_default(wanted: str | None, half: str = "bf16") -> str | None:
+    """`wanted` as Accelerate spells it; None is the launcher's choice, and where it made none `half` on a GPU."""
     # `accelerate launch` sets "no" where nobody has asked for anything.
     if wanted is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
-        return "bf16" if torch.accelerator.is_available() else "no"
+        return half if torch.accelerator.is_available() else "no"
     return "no" if wanted == "fp32" else wanted
 
 
-def start_tool(device: str, mixed_precision: str | None) -> tuple[Accelerator, torch.dtype]:
-    """The Accelerator of a tool that only runs networks, for any launcher, and the type of their weights.
+def start_tool(
+    device: str | None, mixed_precision: str | None, default_half: str = "bf16"
+) -> tuple[Accelerator, torch.dtype]:
+    """The Accelerator of a tool that only runs networks, for any launcher, and the type of the computation.
 
     Args:
         device: as `choose_device` takes it.
-        mixed_precision: as `half_by_default` takes it; fp16 becomes float32 where there is no GPU, and that is said.
+        mixed_precision, default_half: as `half_by_default` takes them; fp16 becomes float32 where there is no GPU, and
+            that is said.
 
     Raises:
         ValueError: for a GPU that is not there.
     """
     choose_device(device)
-    precision = _precision(half_by_default(mixed_precision) or os.environ["ACCELERATE_MIXED_PRECISION"])
+    precision = _precision(half_by_default(mixed_precision, default_half) or os.environ["ACCELERATE_MIXED_PRECISION"])
     # Those who are done first wait for the others, which takes as long as their results do.
     accelerator = start(RunConfig(mixed_precision="no", process_group_timeout_s=TOOL_WAIT_S), 1)
     return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(precision), torch.float32)
 
 
-def _set_up_deepspeed(config: dict[str, Any], precision: str) -> None:
+def require_deepspeed_settings(plugin: Any, gradient_accumulation_steps: int, max_grad_norm: float) -> None:
+    """ValueError for settings of the launcher that do not work here, or contradict the trainer's."""
+    config, problems = plugin.deepspeed_config, []
+    if plugin.zero_stage == 3:
+        problems.append(
+            "zero_stage must be 2 at most: 3 spreads frozen networks too, which are read whole here; where the trained "
+            "network does not fit one GPU, launch with accelerate_configs/fsdp2.yaml"
+        )
+    for name in ("offload_optimizer_device", "offload_param_device"):
+        if getattr(plugin, name) not in (None, "none"):
+            problems.append(f"{name} must be none: DeepSpeed would replace the optimizer by another")
+    of_trainer = {"gradient_accumulation_steps": gradient_accumulation_steps, "gradient_clipping": max_grad_norm}
+    for name, value in of_trainer.items():
+        if config.get(name, "auto") not in ("auto", 0, value):
+            problems.append(f"{name} must be left out, not {config[name]}: the trainer's own setting says {value:g}")
+    if problems:
+        raise ValueError(f"launcher settings: {'; '.join(problems)}. See accelerate_configs/1_gpus_zero2.yaml")
+
+
+def _set_up_deepspeed(config: dict[str, Any], precision: str, max_grad_norm: float) -> None:
     """Weights stay in float32 and compute under autocast, as without DeepSpeed, which would halve their precision."""
     config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed's own count of throughput alone uses it
+    config["gradient_clipping"] = max_grad_norm
     if precision in ("bf16", "fp16"):
         config[precision] = {"enabled": False}
         config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
@@ -211,6 +264,7 @@ def _set_up_logging(accelerator: Accelerator) -> None:
 
 def quiet_libraries() -> None:
     """Keeps libraries' chatter and loading bars out of a run's output; their warnings stay, diffusers' errors too."""
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user's num_workers is a wish
     for name in ("httpx", "httpcore", "PIL", "accelerate", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -255,8 +309,7 @@ def clear_errors() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         source, line = Path(frames[-1].filename), frames[-1].line or ""
-        is_ours = source.is_relative_to(REPOSITORY) and "site-packages" not in source.parts  # .venv may lie in it
-        if not is_ours or not line.startswith("raise ") or isinstance(error, NotImplementedError):
+        if not _is_ours(source) or not line.startswith("raise ") or isinstance(error, NotImplementedError):
             raise
         rank = f"[rank {os.environ.get('RANK', '?')}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
@@ -265,8 +318,24 @@ def clear_errors() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def require_shared_folder(accelerator: Accelerator, folder: Path) -> None:
-    """Makes `folder` and checks that every process sees the same one; OSError says what to change."""
+def _is_ours(source: Path) -> bool:
+    """Whether a source file is this project's: of the repository, in which .venv may lie, or of an installation."""
+    if not source.is_relative_to(CODE):
+        return False
+    inside = source.relative_to(CODE).parts
+    if "site-packages" in CODE.parts:
+        return "visual-trainers" in metadata.packages_distributions().get(inside[0], ())
+    return "site-packages" not in inside
+
+
+def require_shared_folder(accelerator: Accelerator, folder: Path, setting: str = "run.output_dir") -> None:
+    """Makes `folder` and checks that every process sees the same one.
+
+    Raises:
+        OSError: it is a file, or some do not; on all of them, since people read the main process's output.
+    """
+    if folder.is_file():
+        raise OSError(f"{setting} {folder} is a file, but must be a folder")
     token = [uuid.uuid4().hex]
     broadcast_object_list(token)
     marker = folder / f".shared-{token[0]}"
@@ -274,13 +343,13 @@ def require_shared_folder(accelerator: Accelerator, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         marker.touch()
     accelerator.wait_for_everyone()
-    seen = marker.exists()
-    accelerator.wait_for_everyone()
+    blind = [rank for rank, sees in enumerate(gather_object([marker.exists()])) if not sees]
     if accelerator.is_main_process:
         marker.unlink()
-    if not seen:
+    if blind:
+        who = f"process {blind[0]} does" if len(blind) == 1 else f"processes {', '.join(map(str, blind))} do"
         raise OSError(
-            f"process {accelerator.process_index} does not see run.output_dir {folder.resolve()} of the main process: "
+            f"{who} not see {setting} {folder.resolve()} of the main process: "
             "all nodes save into it, so it must be on a file system that they share"
         )
 

@@ -33,6 +33,7 @@ class Pulse:
     token: str
     rank: int
     host: str
+    machine: str
     pid: int
     phase: str = "start"
     step: int = 0
@@ -75,14 +76,15 @@ class Watch:
 
     def __init__(self, folder: Path, token: str, rank: int, num_processes: int, hang_timeout_s: float):
         self.folder, self.num_processes, self.hang_timeout_s = folder, num_processes, hang_timeout_s
-        self.pulse = Pulse(token, rank, socket.gethostname(), os.getpid())
+        self.pulse = Pulse(token, rank, socket.gethostname(), _machine(), os.getpid())
         self._observed = [_Observed() for _ in range(num_processes)]
         self.seconds: dict[str, float] = {}
         self.failed_phase = ""  # the innermost one that an exception has left
-        self._ended = threading.Event()
+        self._ended, self._writing = threading.Event(), threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self._write()
-        threading.Thread(target=self._watch, daemon=True, name="watch").start()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
+        self._thread.start()
 
     @contextmanager
     def phase(self, name: str, *, step: int | None = None, samples: list[int] | None = None) -> Iterator[None]:
@@ -116,6 +118,7 @@ class Watch:
     def end(self) -> None:
         """Says that this process is done, so that nobody takes it for dead."""
         self._ended.set()
+        self._thread.join()  # nothing is written after this
         self.pulse.phase = "end"
         self._write()
 
@@ -126,7 +129,7 @@ class Watch:
             self._observed[pulse.rank].update(pulse, now)
         for pulse in pulses[1:]:
             silent_s = now - self._observed[pulse.rank].heard
-            if pulse.phase != "end" and _is_gone(pulse, self.pulse.host, silent_s):
+            if pulse.phase != "end" and _is_gone(pulse, self.pulse.machine, silent_s):
                 return f"{pulse} is gone (last heard of {silent_s:.0f} s ago)"
         last = min(pulses, key=lambda pulse: pulse.progress)
         stuck_s = now - self._observed[last.rank].moved
@@ -141,11 +144,22 @@ class Watch:
             yield
         except RuntimeError as error:
             if self.num_processes > 1 and not isinstance(error, PeerLost):
-                time.sleep(2 * HEARTBEAT_S)  # the other one's end takes a moment to show
-                lost = self.lost_peer()
+                lost = self._lost_after_failure()
                 if lost:
                     raise PeerLost(self._message(lost)) from error
             raise
+
+    def _lost_after_failure(self) -> str | None:
+        """Who died, now that something failed: waits until those on other machines are heard again, or silent."""
+        remote = {pulse.rank: pulse.beats for pulse in self._peers() if pulse.machine != self.pulse.machine}
+        deadline = time.monotonic() + SILENT_S + 2 * HEARTBEAT_S
+        time.sleep(2 * HEARTBEAT_S)  # the other one's end takes a moment to show
+        while not (lost := self.lost_peer()):
+            beats = {pulse.rank: pulse.beats for pulse in self._peers()}
+            if all(beats.get(rank, before) > before for rank, before in remote.items()) or time.monotonic() > deadline:
+                return None
+            time.sleep(HEARTBEAT_S)
+        return lost
 
     def _message(self, lost: str) -> str:
         return (
@@ -163,14 +177,19 @@ class Watch:
         return pulses
 
     def _write(self) -> None:
-        self.pulse.beats += 1
         path = self.folder / f"rank-{self.pulse.rank}.json"
         temporary = path.with_suffix(f".{self.pulse.pid}.partial")
-        try:
-            temporary.write_text(json.dumps(asdict(self.pulse)))
-            temporary.replace(path)
-        except OSError as error:  # a full disk is reported where it matters, in the save
-            print(f"watch: {path} cannot be written ({error})", file=sys.stderr)
+        with self._writing:  # one thread of the two, or the other would find its file renamed
+            self.pulse.beats += 1
+            try:
+                temporary.write_text(json.dumps(asdict(self.pulse)))
+                temporary.replace(path)
+            except FileNotFoundError:
+                if self.folder.parent.exists():
+                    print(f"watch: {self.folder} was deleted: who dies or hangs is no longer told", file=sys.stderr)
+                self._ended.set()  # of a run that failed and whose folder was deleted, nobody reads this
+            except OSError as error:  # a full disk is reported where it matters, in the save
+                print(f"watch: {path} cannot be written ({error})", file=sys.stderr)
 
     def _watch(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
@@ -191,8 +210,17 @@ def _read(path: Path) -> Pulse | None:
         return None
 
 
-def _is_gone(pulse: Pulse, this_host: str, silent_s: float) -> bool:
-    if pulse.host != this_host:
+def _machine() -> str:
+    """What the process ids of this machine are good for; containers on several machines may bear the same host name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _is_gone(pulse: Pulse, this_machine: str, silent_s: float) -> bool:
+    if pulse.machine != this_machine:
         return silent_s > SILENT_S
     try:
         os.kill(pulse.pid, 0)

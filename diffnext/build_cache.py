@@ -22,7 +22,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common import runtime
+from common import tools
 from common.cache import digest_of_weights
-from common.config import Parser, RunConfig, find_file, option
+from common.config import Parser, find_file, option
 from common.runtime import Processes
 from diffnext.data.records import METADATA, RecordDataset, RecordWriter
 from diffnext.media import (
@@ -59,7 +59,6 @@ PARTS, MERGED_PARTS = ".shards", ".shards.merged"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Root mean square of what `verify` finds, relative to the moments: batches of another size are summed in another order.
 VERIFY_LIMITS = {"fp16": 1e-2, "bf16": 5e-2, "fp32": 1e-3}
-WAIT_S = 7 * 24 * 3600
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -82,26 +81,21 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPUs if there are any")
-
-
-@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    data: SourceConfig = field(default_factory=SourceConfig)
-    model: NetworksConfig = field(default_factory=NetworksConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
-    run: ComputeConfig = field(default_factory=ComputeConfig)
+    data: SourceConfig = SourceConfig()
+    model: NetworksConfig = NetworksConfig()
+    output: OutputConfig = OutputConfig()
+    run: tools.DeviceConfig = tools.DeviceConfig()
 
 
 def check(config: CacheConfig) -> list[str]:
     """Problems between sections, one sentence each."""
     required = {
-        "--source (table or folder of media)": config.data.source,
-        "--vae (folder of the autoencoder)": config.model.vae,
-        "--output_dir (folder for the records)": config.output.output_dir,
+        "data.source": "table or folder of media",
+        "model.vae": "folder of the autoencoder",
+        "output.output_dir": "folder for the records",
     }
-    return [f"{name} is required" for name, value in required.items() if not value]
+    return tools.required(config, required)
 
 
 PARSER = Parser(
@@ -249,7 +243,7 @@ def write_shard(folder: Path, encoding: Encoding, samples: Iterable[Sample]) -> 
         for example in encoding.examples(samples, skip):
             writer.write(example)
             shapes[" x ".join(map(str, example["shape"]))] += 1
-    _write_json(partial_folder / SHARD_FILE, {"entries": shapes.total(), "shapes": shapes, "skipped": skipped})
+    tools.write_json(partial_folder / SHARD_FILE, {"entries": shapes.total(), "shapes": shapes, "skipped": skipped})
     os.replace(partial_folder, folder)
 
 
@@ -279,20 +273,10 @@ def merge(folder: Path, num_shards: int) -> dict[str, Any]:
         raise ValueError(f"none of the items can be used; the first is {first['path']}: {first['reason']}")
     lines = "".join(json.dumps(row) + "\n" for row in total["skipped"])
     if lines:
-        _write_text(folder / SKIPPED_FILE, lines)
+        tools.write_text(folder / SKIPPED_FILE, lines)
     metadata = {"entries": total["entries"], "features": features, "version": RecordWriter.VERSION}
-    _write_text(folder / METADATA, json.dumps(metadata, indent=2))
+    tools.write_text(folder / METADATA, json.dumps(metadata, indent=2))
     return total
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # The output folder ----------------------------------------------------------------------------------------------------
@@ -334,7 +318,7 @@ def claim_folder(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         others = [each.name for each in folder.iterdir() if each.name == METADATA or each.suffix in (".data", ".index")]
         if others:
             raise ValueError(f"{folder} holds records without {CACHE_FILE} ({others[0]}): choose another --output_dir")
-        _write_json(path, {"fingerprint": fingerprint})
+        tools.write_json(path, {"fingerprint": fingerprint})
     try:
         found = json.loads(path.read_text("utf-8"))["fingerprint"]
     except (ValueError, KeyError, TypeError):
@@ -388,10 +372,8 @@ def build(config: CacheConfig, processes: Processes) -> dict[str, Any] | None:
     if (folder / PARTS).exists():
         num_shards = (len(items) + shard_size - 1) // shard_size
         todo = [n for n in range(num_shards) if not (folder / PARTS / f"{n:05d}").exists()]
-        processes.wait_for_everyone()  # nobody writes before all have looked
-        if len(todo) < num_shards and processes.is_main_process:
-            logger.info("%d of %d shards are there already", num_shards - len(todo), num_shards)
-        encode_shards(encoding, folder, todo[processes.process_index :: processes.num_processes], processes)
+        tools.say_kept(num_shards - len(todo), num_shards, "shard", processes, has_overwrite=False)
+        encode_shards(encoding, folder, tools.share_of(todo, processes), processes)
         processes.wait_for_everyone()
         if processes.is_main_process:
             result = merge(folder, num_shards)
@@ -468,19 +450,9 @@ def report(result: dict[str, Any] | None, folder: Path) -> None:
         print(f"{len(result['skipped'])} items were skipped ({folder / SKIPPED_FILE}):{lines}", file=sys.stderr)
 
 
-def start(run: ComputeConfig) -> Any:
-    """The Accelerator, for any launcher; ValueError for a GPU that is not there."""
-    runtime.choose_device(run.device)
-    return runtime.start(RunConfig(mixed_precision="no", process_group_timeout_s=WAIT_S), 1)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds a cache as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    with runtime.clear_errors():
-        accelerator = start(config.run)
-        for warning in warnings if accelerator.is_main_process else ():
-            logger.warning("%s", warning)
+    with tools.started(PARSER, argv) as (config, accelerator, _):
         result = build(config, accelerator)
         if accelerator.is_main_process:
             report(result, Path(str(config.output.output_dir)))

@@ -1,15 +1,15 @@
 """Settings of the NOVA trainer: sections, the documented keys of the original's YAML files, checks."""
 
 import dataclasses
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.config import (
+    AdamWConfig,
     CheckpointConfig,
     DataConfig,
+    GuidedSamplerConfig,
     LogConfig,
-    OptimConfig,
     Parser,
     RunConfig,
     ValidationConfig,
@@ -23,18 +23,17 @@ SCHEDULES = {"ConstantLR": "constant", "CosineLR": "cosine", "MultiStepLR": "mul
 @dataclass(frozen=True, kw_only=True)
 class NovaRun(RunConfig):
     output_dir: str | None = option(None, "folder of checkpoints, metrics and samples; required")  # type: ignore[assignment]
-    seed: int = option(1337, "seed of data order, noise, masks and dropout", minimum=0, state=True)
-    max_train_steps: int | None = option(30000, "optimizer steps to train; null counts epochs", minimum=1)
+    seed: int = option(1337)
+    max_train_steps: int | None = option(30000)
     mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "autocast type; weights stay float32; null obeys the launcher, and without it is bf16 on a GPU"
+        None, "autocast type, no or fp32 for none; null obeys the launcher, and where that says no is bf16 on a GPU"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NovaData(DataConfig):
     dataset: tuple[str, ...] = option((), "folder(s) of cached latents, see `python -m diffnext.build_cache`; required")
-    batch_size: int = option(1, "samples per process and micro-batch", minimum=1)
-    num_workers: int = option(8, "loader processes per process; 0 loads in the training process", minimum=0)
+    num_workers: int = option(8)
     shuffle: bool = option(True, "visit the data in a seeded order")
 
     def __post_init__(self) -> None:
@@ -80,12 +79,11 @@ class NovaLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NovaOptim(OptimConfig):
-    learning_rate: float = option(1e-4, "learning rate", minimum=0)
-    betas: tuple[float, float] = option((0.9, 0.95), "AdamW betas")
-    adam_beta2: float = option(0.95, "AdamW beta 2; `betas` sets both", minimum=0, maximum=1)
+class NovaOptim(AdamWConfig):
+    betas: tuple[float, float] | None = option(None, "AdamW betas; sets adam_beta1 and adam_beta2")
+    adam_beta2: float = option(0.95)
     adam_weight_decay: float = option(0.02, "AdamW weight decay; norm layers have none", minimum=0)
-    max_grad_norm: float = option(0.0, "gradients are scaled down to this global norm; 0 is off", minimum=0)
+    max_grad_norm: float = option(0.0)
     schedule: str = option(
         "constant", f"constant, cosine, multistep, or a dotted path ending in {', '.join(SCHEDULES)}"
     )
@@ -96,7 +94,7 @@ class NovaOptim(OptimConfig):
     decay_step: int = option(1, "steps between changes of the cosine", minimum=1)
     decay_steps: tuple[int, ...] = option((), "steps at which multistep decays")
     decay_gamma: float = option(0.1, "factor of each such decay", above=0)
-    ema_decay: float | None = option(  # type: ignore[assignment]
+    ema_decay: float | None = option(
         None, "decay of the moving average per update; null keeps none", minimum=0, maximum=1, state=True
     )
     ema_update_every: int = option(100, "optimizer steps between updates of the average", minimum=1, needs="ema_decay")
@@ -105,8 +103,12 @@ class NovaOptim(OptimConfig):
     def __post_init__(self) -> None:
         if self.schedule_kind not in SCHEDULES.values():
             raise ValueError(f"schedule {self.schedule!r} is unknown; choose among {', '.join(SCHEDULES)}")
-        object.__setattr__(self, "adam_beta1", self.betas[0])
-        object.__setattr__(self, "adam_beta2", self.betas[1])
+        single = (self.adam_beta1, self.adam_beta2)
+        betas = self.betas or single
+        if single not in (betas, (NovaOptim.adam_beta1, NovaOptim.adam_beta2)):
+            raise ValueError(f"betas {betas} and adam_beta1, adam_beta2 {single} disagree: leave one of the two out")
+        for name, value in {"betas": betas, "adam_beta1": betas[0], "adam_beta2": betas[1]}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def schedule_kind(self) -> str:
@@ -116,7 +118,7 @@ class NovaOptim(OptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NovaCheckpoint(CheckpointConfig):
-    checkpointing_steps: int = option(5000, "optimizer steps between checkpoints", minimum=1)
+    checkpointing_steps: int = option(5000)
     resume_from_checkpoint: str | None = option(
         "latest", "`latest` (a fresh start where there is none), a checkpoint folder, its name, or null"
     )
@@ -124,41 +126,39 @@ class NovaCheckpoint(CheckpointConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NovaLog(LogConfig):
-    report_to: str = option("wandb", "tracker(s), comma-separated: tensorboard, wandb, ..., all or none")
-    tracker_project_name: str = option("nova", "project in the tracker")
+    report_to: str = option("wandb")
+    tracker_project_name: str = option("nova")
     run_name: str | None = option(None, "name of the run in wandb")
     wandb_run_id: str | None = option(None, "run of wandb to go on with")
-    log_every_steps: int = option(20, "optimizer steps between lines of metrics.jsonl", minimum=1)
+    log_every_steps: int = option(20)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How images and videos are generated, in validation and in inference."""
-
+class SamplerConfig(GuidedSamplerConfig):
     num_inference_steps: int = option(64, "autoregressive steps per frame", minimum=1)
     num_diffusion_steps: int = option(25, "denoising steps per autoregressive step", minimum=1)
-    guidance_scale: float = option(5.0, "classifier-free guidance; 1 is off and halves the cost", above=0)
+    guidance_scale: float = option(5.0)
     motion_flow: float = option(5.0, "amount of motion of videos", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NovaValidation(ValidationConfig, SamplerConfig):
-    validation_steps: int | None = option(5000, "optimizer steps between validations; null counts epochs", minimum=1)
-    validate_at_start: bool = option(False, "validate once before the first step")
+    validation_steps: int | None = option(5000)
+    validate_at_start: bool = option(False)
     prompts: tuple[str, ...] = option((), "prompts to generate in validation; none skips it")
     max_latent_length: int | None = option(None, "latent frames to generate; null is 1 for t2i, all for t2v", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NovaConfig:
-    run: NovaRun = field(default_factory=NovaRun)
-    data: NovaData = field(default_factory=NovaData)
-    model: NovaModel = field(default_factory=NovaModel)
-    loss: NovaLoss = field(default_factory=NovaLoss)
-    optim: NovaOptim = field(default_factory=NovaOptim)
-    checkpoint: NovaCheckpoint = field(default_factory=NovaCheckpoint)
-    log: NovaLog = field(default_factory=NovaLog)
-    validation: NovaValidation = field(default_factory=NovaValidation)
+    run: NovaRun = NovaRun()
+    data: NovaData = NovaData()
+    model: NovaModel = NovaModel()
+    loss: NovaLoss = NovaLoss()
+    optim: NovaOptim = NovaOptim()
+    checkpoint: NovaCheckpoint = NovaCheckpoint()
+    log: NovaLog = NovaLog()
+    validation: NovaValidation = NovaValidation()
 
 
 ALIASES = {
@@ -232,13 +232,10 @@ def check(config: NovaConfig) -> list[str]:
 
 def resolved(config: NovaConfig) -> NovaConfig:
     """The same settings with the precision filled in and an empty resume point understood as none."""
-    import torch
+    from common.runtime import half_by_default  # with PyTorch, which --help does without
 
-    precision = config.run.mixed_precision
-    if precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
-        precision = "bf16" if torch.accelerator.is_available() else "no"
     changes: dict[str, Any] = {
-        "run": {"mixed_precision": "no" if precision == "fp32" else precision},
+        "run": {"mixed_precision": half_by_default(config.run.mixed_precision)},
         "checkpoint": {"resume_from_checkpoint": config.checkpoint.resume_from_checkpoint or None},
     }
     sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
@@ -250,6 +247,7 @@ PARSER = Parser(
     aliases=ALIASES,
     ignored=IGNORED,
     check=check,
+    resolve=resolved,
     program="scripts/train.py",
     description="Trains NOVA, text-to-image or text-to-video, on cached latents.",
 )

@@ -1,7 +1,7 @@
 """Generates images and videos from prompts; `--help` lists all settings.
 
-    python -m diffnext.infer --pretrained_path nova-d48w1024-sdxl1024 --prompt "a red fox in snow" --output out
-    accelerate launch -m diffnext.infer --pretrained_path nova-d48w1024-osp480 --prompts prompts.txt --output out \\
+    python -m diffnext.infer --model nova-d48w1024-sdxl1024 --prompt "a red fox in snow" --output_dir out
+    accelerate launch -m diffnext.infer --model nova-d48w1024-osp480 --prompts prompts.txt --output_dir out \\
         --transformer experiments/run/checkpoint-5000 --max_latent_length 9
 
 The output folder then holds `00000.png` or `00000.mp4` for the first prompt (`00000_1.png` for its second result), and
@@ -10,21 +10,18 @@ seed, the prompt's number and the result's: not from the batch size or the numbe
 """
 
 import json
-import logging
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from common import runtime
-from common.config import Parser, RunConfig, find_file, option
-from common.data import BAD_SAMPLE_ERRORS, rng_for
+from common import tools
+from common.config import Parser, find_file, option
+from common.data import rng_for
 from common.runtime import Processes
 from common.video import load_image, save_image, write_video
 from diffnext.config import SamplerConfig
@@ -33,12 +30,8 @@ from diffnext.models.guidance import Guidance
 from diffnext.pipelines import NOVAPipeline
 from diffnext.pipelines.components import find_folder
 
-logger = logging.getLogger(__name__)
-
-WAIT_S = 24 * 3600
 RAW, AVERAGED = "transformer", "transformer_ema"
 PROMPT_KEYS = ("prompt", "negative_prompt", "image", "motion_flow", "embedding")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -55,7 +48,7 @@ class InferData:
     image: str | None = option(
         None, "first frame of the videos, in any size; a prompt's own in a json list comes first"
     )
-    output: str | None = option(None, "folder for results; required")
+    output_dir: str | None = option(None, "folder for results; required")
     num_images_per_prompt: int = option(1, "results per prompt", minimum=1)
     fps: float = option(12.0, "frames per second of the videos", above=0)
     overwrite: bool = option(False, "make again what is there already; otherwise existing results are kept")
@@ -63,7 +56,7 @@ class InferData:
 
 @dataclass(frozen=True, kw_only=True)
 class InferModel:
-    pretrained_path: str | None = option(None, "folder, or hub id, of a NOVA pipeline; required")
+    model: str | None = option(None, "folder, or hub id, of a NOVA pipeline; required")
     transformer: str | None = option(
         None,
         "folder of other weights: checkpoint-5000 of a run, or its transformer or transformer_ema; null is its own",
@@ -86,33 +79,29 @@ class InferSampling(SamplerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferRun:
+class InferRun(tools.ToolConfig):
     seed: int = option(0, "seed of all random numbers", minimum=0)
     batch_size: int = option(1, "results made at once, per process", minimum=1)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPUs if there are any")
-    mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "type of weights and activations; null is the launcher's, and without one bf16 on a GPU, fp32 on a CPU"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    data: InferData = field(default_factory=InferData)
-    model: InferModel = field(default_factory=InferModel)
-    sampling: InferSampling = field(default_factory=InferSampling)
-    run: InferRun = field(default_factory=InferRun)
+    data: InferData = InferData()
+    model: InferModel = InferModel()
+    sampling: InferSampling = InferSampling()
+    run: InferRun = InferRun()
 
 
 def check(config: InferConfig) -> list[str]:
     """Problems between sections, one sentence each."""
     data, sampling = config.data, config.sampling
-    problems = []
+    required = {
+        "data.output_dir": "a folder for results",
+        "model.model": "the folder, or hub id, of a NOVA pipeline",
+    }
+    problems = tools.required(config, required)
     if (data.prompt is None) == (data.prompts is None):
         problems.append("either --prompt (text) or --prompts (file of prompts) is required")
-    if not data.output:
-        problems.append("--output is required: a folder for results")
-    if not config.model.pretrained_path:
-        problems.append("--pretrained_path is required: the folder, or hub id, of a NOVA pipeline")
     if sampling.image_guidance_scale and sampling.guidance_scale <= 1:
         problems.append(
             f"image_guidance_scale {sampling.image_guidance_scale} needs a guidance_scale above 1, but that is "
@@ -123,7 +112,14 @@ def check(config: InferConfig) -> list[str]:
 
 PARSER = Parser(
     InferConfig,
-    aliases={"model_id": "model.pretrained_path", "num_frames": "sampling.max_latent_length"},
+    aliases={
+        "pretrained_path": "model.model",
+        "model.pretrained_path": "model.model",
+        "model_id": "model.model",
+        "output": "data.output_dir",
+        "data.output": "data.output_dir",
+        "num_frames": "sampling.max_latent_length",
+    },
     ignored={
         "spatiotemporal_guidance_scale": "it compares with perturbed blocks, which this model does not have",
         "vae_batch_size": "results are decoded one at a time",
@@ -156,6 +152,9 @@ class Job:
     result_number: int
     request: Request
     output: Path
+
+    def __str__(self) -> str:
+        return f"prompt {self.prompt_number}"
 
 
 def read_requests(config: InferConfig) -> list[Request]:
@@ -207,9 +206,9 @@ def _request(entry: Any, config: InferConfig, folder: Path) -> Request:
 
 def find_jobs(requests: Sequence[Request], data: InferData) -> list[Job]:
     """All results, in order."""
-    output, several = Path(str(data.output)), data.num_images_per_prompt > 1
-    if output.is_file() or output.suffix.lower() in (".png", ".mp4"):
-        raise ValueError(f"--output {output} must be a folder; results are named by the prompts' numbers")
+    output, several = tools.output_folder(data.output_dir), data.num_images_per_prompt > 1
+    if output.suffix.lower() in (".png", ".mp4"):
+        raise ValueError(f"--output_dir {output} must be a folder; results are named by the prompts' numbers")
     return [
         Job(prompt, result, request, output / (f"{prompt:05d}_{result}" if several else f"{prompt:05d}"))
         for prompt, request in enumerate(requests)
@@ -222,27 +221,21 @@ def recipe(job: Job, config: InferConfig) -> dict[str, Any]:
     request = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(job.request).items()}
     # Averaged or not, another folder, other numbers of steps: all change the result, batch size and device do not.
     settings = asdict(config.sampling) | asdict(config.model) | {"seed": config.run.seed, "fps": config.data.fps}
+    settings["pretrained_path"] = settings.pop("model")  # its name in the records that are there already
     settings.pop("motion_flow")
     return request | {"prompt_number": job.prompt_number, "result_number": job.result_number, "settings": settings}
 
 
 def missing(jobs: Sequence[Job], config: InferConfig) -> list[Job]:
     """Those without a result; ValueError if there is one that was made otherwise."""
-    todo = []
-    for job in jobs:
-        path = job.output.with_suffix(".json")
-        media = (job.output.with_suffix(suffix) for suffix in (".png", ".mp4"))
-        if config.data.overwrite or not path.is_file() or not any(each.is_file() for each in media):
-            todo.append(job)
-            continue
-        made, wanted = json.loads(path.read_text("utf-8")), recipe(job, config)
-        made, wanted = (each | each.get("settings", {}) for each in (made, wanted))
-        differing = [name for name, value in wanted.items() if made.get(name) != value and name != "settings"]
-        if differing:
-            raise ValueError(
-                f"{path} was made with another {', '.join(differing)}: give another --output, or --overwrite true"
-            )
-    return todo
+    overwrite = config.data.overwrite
+    return [job for job in jobs if overwrite or not is_made(job, config)]
+
+
+def is_made(job: Job, config: InferConfig) -> bool:
+    """Whether there are a picture or a clip, and their record; ValueError if they were made otherwise."""
+    has_media = any(job.output.with_suffix(suffix).is_file() for suffix in (".png", ".mp4"))
+    return has_media and tools.is_made(job.output.with_suffix(".json"), recipe(job, config))
 
 
 # The weights ----------------------------------------------------------------------------------------------------------
@@ -265,11 +258,11 @@ def find_transformer(model: InferModel) -> Path | None:
     )
 
 
-def load_pipeline(config: InferConfig, processes: Processes, dtype: torch.dtype, needs_text: bool) -> NOVAPipeline:
+def load_model(config: InferConfig, processes: Processes, dtype: torch.dtype, needs_text: bool) -> NOVAPipeline:
     """The pipeline on the process's device; errors as of `load_components`."""
     folder = find_transformer(config.model)
     pipeline = NOVAPipeline.from_pretrained(
-        find_folder(str(config.model.pretrained_path)),
+        find_folder(str(config.model.model)),
         torch_dtype=dtype,
         module_dict={RAW: str(folder)} if folder else None,
         text_encoder=needs_text,
@@ -293,7 +286,7 @@ def settings_of(sampling: InferSampling) -> GenerationSettings:
 # The job --------------------------------------------------------------------------------------------------------------
 
 
-def generate_batch(jobs: Sequence[Job], pipeline: NOVAPipeline, config: InferConfig) -> None:
+def make_batch(jobs: Sequence[Job], pipeline: NOVAPipeline, config: InferConfig) -> None:
     """Makes and writes some results; ValueError or OSError if that fails."""
     sampling, requests = config.sampling, [job.request for job in jobs]
     rngs = [rng_for(config.run.seed, "generate", job.prompt_number, job.result_number) for job in jobs]
@@ -309,28 +302,14 @@ def generate_batch(jobs: Sequence[Job], pipeline: NOVAPipeline, config: InferCon
     )
     for number, job in enumerate(jobs):
         pixels = result.images[number][None] if result.frames is None else result.frames[number]  # (T, H, W, 3)
-        png, mp4, recipe_json = (job.output.with_suffix(suffix) for suffix in (".png", ".mp4", ".json"))
+        png, mp4 = (job.output.with_suffix(suffix) for suffix in (".png", ".mp4"))
         if len(pixels) == 1:
             save_image(png, pixels[0])
             mp4.unlink(missing_ok=True)
         else:
             write_video(mp4, pixels, config.data.fps)
             png.unlink(missing_ok=True)
-        # Written last and at once: a result counts as made when this is there.
-        unfinished = recipe_json.with_suffix(".json.tmp")
-        unfinished.write_text(json.dumps(recipe(job, config), indent=2, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(unfinished, recipe_json)
-
-
-def attempt(jobs: Sequence[Job], pipeline: NOVAPipeline, config: InferConfig) -> dict[Job, str]:
-    """Makes some results; one that cannot be made does not take the others with it. Returns why each failed."""
-    try:
-        generate_batch(jobs, pipeline, config)
-    except BAD_SAMPLE_ERRORS as error:
-        if len(jobs) == 1:
-            return {jobs[0]: str(error)}
-        return {job: reason for one in jobs for job, reason in attempt([one], pipeline, config).items()}
-    return {}
+        tools.write_json(job.output.with_suffix(".json"), recipe(job, config))
 
 
 def _read_embedding(path: Path) -> np.ndarray:
@@ -340,62 +319,38 @@ def _read_embedding(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as an .npy file: {error}") from error
 
 
-def batches_of(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
+def batches_of(jobs: Sequence[Job], batch_size: int) -> list[Sequence[Job]]:
     """Neighbours, all with a first frame or all without."""
-    batches: list[list[Job]] = []
-    for has_image in (False, True):
-        same = [job for job in jobs if (job.request.image is not None) == has_image]
-        batches += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
-    return batches
+    alike = [[job for job in jobs if (job.request.image is not None) == has_image] for has_image in (False, True)]
+    return [batch for same in alike for batch in tools.in_batches(same, batch_size)]
 
 
 def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict[Job, str]:
     """Makes what is missing; returns why results of this process went wrong."""
     jobs = find_jobs(read_requests(config), config.data)
     todo = missing(jobs, config)
-    processes.wait_for_everyone()  # nobody writes before all have looked
-    if len(todo) < len(jobs) and processes.is_main_process:
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} results exist and are kept; --overwrite true makes them again")
-    share = todo[processes.process_index :: processes.num_processes]
+    tools.say_kept(len(jobs) - len(todo), len(jobs), "result", processes)
+    share = tools.share_of(todo, processes)
     failures: dict[Job, str] = {}
     if share:
         needs_text = any(
             each.negative_prompt or (each.prompt and not each.embedding) for each in (job.request for job in share)
         )
-        pipeline = load_pipeline(config, processes, dtype, needs_text)
+        pipeline = load_model(config, processes, dtype, needs_text)
         pipeline.check(settings_of(config.sampling))
-        with tqdm(total=len(share), unit="result", disable=not processes.is_main_process) as bar:
-            for batch in batches_of(share, config.run.batch_size):
-                failures |= attempt(batch, pipeline, config)
-                bar.update(len(batch))
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        done = sum(job.output.with_suffix(".json").is_file() for job in jobs)
-        print(f"{done} of {len(jobs)} results are there: {config.data.output}")
+        batches = batches_of(share, config.run.batch_size)
+        make = partial(make_batch, pipeline=pipeline, config=config)
+        failures = tools.attempt_all(batches, make, "result", processes)
+    records = [job.output.with_suffix(".json") for job in jobs]
+    tools.conclude(records, config.data.output_dir, failures, "result", processes)
     return failures
-
-
-def start(run: InferRun) -> tuple[Any, torch.dtype]:
-    """The Accelerator, for any launcher, and the weights' type; ValueError for a GPU that is not there."""
-    runtime.choose_device(run.device)
-    precision = runtime.half_by_default(run.mixed_precision) or os.environ["ACCELERATE_MIXED_PRECISION"]
-    # Those who are done first wait for the others, which takes as long as their results do.
-    accelerator = runtime.start(RunConfig(mixed_precision="no", process_group_timeout_s=WAIT_S), 1)
-    return accelerator, DTYPES[precision]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generates as the command line says; see `--help`. Ends with status 1 if a result went wrong."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    with runtime.clear_errors():
-        accelerator, dtype = start(config.run)
-        for warning in warnings if accelerator.is_main_process else ():
-            logger.warning("%s", warning)
+    with tools.started(PARSER, argv) as (config, accelerator, dtype):
         failures = infer(config, accelerator, dtype)
-    if failures:
-        lines = "".join(f"\n  prompt {job.prompt_number}: {reason}" for job, reason in failures.items())
-        print(f"{len(failures)} results went wrong:{lines}", file=sys.stderr)
-        sys.exit(1)
+    tools.exit_if(failures)
 
 
 if __name__ == "__main__":

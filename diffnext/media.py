@@ -97,7 +97,9 @@ def read_items(data: SourceConfig) -> list[Item]:
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise ValueError(f"{len(problems)} of {len(rows)} items of {source} cannot be used: {listed(problems)}")
+        raise ValueError(
+            f"{len(problems)} of {len(rows)} items of {source} cannot be used: {listed(problems)}; mend or remove them"
+        )
     if not items:
         raise ValueError(f"{source} has no items")
     missing = [str(item.file) for item in items if not item.file.is_file()]

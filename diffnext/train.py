@@ -1,24 +1,21 @@
 """Training, from the command line to the exported weights; reads top to bottom."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import loop, runtime
-from common.data import SamplePlan, rng_for
+from common import runtime, training
+from common.data import rng_for
 from common.optim import EMA, Learner, build_adamw
-from common.preflight import preflight
-from common.replay import replay
+from common.pretrained import CONFIG_FILE, read_config
 from common.video import contact_sheet
-from diffnext.config import PARSER, NovaConfig, NovaOptim, resolved
+from diffnext.config import NovaConfig, NovaOptim
 from diffnext.data.dataset import Records
 from diffnext.engine.lr_scheduler import ConstantLR, CosineLR, MultiStepLR
 from diffnext.models.parameters import frozen_parameters, parameter_groups
-from diffnext.models.pretrained import CONFIG_FILE, read_config
 from diffnext.models.transformers.transformer_nova import NovaConfig as TransformerConfig
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines import load_components
@@ -30,17 +27,6 @@ MEMORY_KNOBS = (
     "training.batch_size (raise training.gradient_accumulation_steps to match), model.loss_repeat, or use "
     "model.gradient_checkpointing=3, training.mixed_precision=bf16, ema.params.device=cpu, cached text embeddings"
 )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    config = resolved(config)
-    with runtime.clear_errors():
-        if config.run.preflight:
-            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
-        train(config, warnings)
 
 
 def schedule(optim: NovaOptim, total_steps: int) -> ConstantLR:
@@ -99,25 +85,14 @@ def training_data(config: NovaConfig, network: TransformerConfig) -> Records:
 
 def train(config: NovaConfig, warnings: Sequence[str] = ()) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
-    config = loop.aside_if_replaying(config)
-    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-    stop = runtime.stop_signal(accelerator, config.run)
-    for warning in warnings if accelerator.is_main_process else ():
-        logger.warning("%s", warning)
-    output_dir, device = Path(str(config.run.output_dir)), accelerator.device
+    session = training.start(config, warnings)
+    config, accelerator, stop, device = session.config, session.accelerator, session.stop, session.device
 
-    # Data: batches hold latents of one shape.
+    # Data: batches hold latents of one shape; where an earlier start left off.
     network = transformer_config(config)
     records = training_data(config, network)
     records.check()
-    global_batch = loop.batch_of(accelerator, config)
-    loop.require_enough_items(len(records), config.data.batch_size, accelerator.num_processes)
-    plan = SamplePlan(len(records), config.run.seed, global_batch, records.groups())
-
-    # The run folder, and where it was left off.
-    runtime.require_shared_folder(accelerator, output_dir)
-    fingerprint = records.fingerprint()
-    resume_point = loop.find_resume_point(accelerator, config, output_dir, fingerprint)
+    course = training.course_of(session, records, records.groups())
 
     # The pipeline: all frozen but most of the transformer. What no step needs is not loaded.
     runtime.seed_model_randomness(config.run.seed, 0)
@@ -141,34 +116,24 @@ def train(config: NovaConfig, warnings: Sequence[str] = ()) -> None:
     # Optimizer, learning rate, moving average.
     optimizer = build_adamw(parameter_groups(bare), config.optim, device)
     transformer, optimizer = accelerator.prepare(bare, optimizer)
-    total_steps = loop.total_steps(config.run, len(records), global_batch)
     ema = None
     if config.optim.ema_decay is not None:
         every, offload = config.optim.ema_update_every, config.optim.ema_device == "cpu"
         ema = EMA(bare, config.optim.ema_decay, offload, warmup=False, every=every)
-    learning_rate = schedule(config.optim, total_steps)
+    learning_rate = schedule(config.optim, course.total_steps)
     learners = {"model": Learner(transformer, optimizer, learning_rate, config.optim.max_grad_norm, ema)}
 
     # Resume, say what is about to happen, train.
-    run = loop.open_run(
-        accelerator,
-        config,
-        stop,
+    run = training.open_run(
+        session,
+        course,
         models={"transformer": bare},
         learners=learners,
-        num_items=len(records),
-        fingerprint=fingerprint,
-        resume_point=resume_point,
         tracker_arguments={"wandb": _wandb_arguments(config)},
         memory_knobs=MEMORY_KNOBS,
     )
     task = NovaTask(config, accelerator, transformer, components, run.log, stop)
-    loader = loop.open_loader(run, records, plan)
-    if config.run.replay:
-        replay(run, task, loader, Path(config.run.replay))
-    else:
-        loop.fit(run, task, loader, learners)
-    run.end()
+    training.run_to_end(run, task, records)
 
 
 def _wandb_arguments(config: NovaConfig) -> dict[str, Any]:

@@ -1,20 +1,16 @@
 """Windows encoded once: latents and image embeddings of fixed places, instead of the frozen networks in every step."""
 
-import logging
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from common.cache import Cache, digest_of_files, digest_of_weights
-from common.data import BAD_SAMPLE_ERRORS, collate
+from common.cache import Cache, CachedItems, digest_of_files, digest_of_weights, encode_items
+from common.data import collate
 from common.runtime import Processes, StopSignal
 from gaussian_refiner.data import RefinerDataset
 from gaussian_refiner.models.components import Components
 from gaussian_refiner.task import encode_batch
-
-logger = logging.getLogger(__name__)
 
 
 def fingerprint(components: Components, dataset: RefinerDataset) -> dict[str, Any]:
@@ -30,22 +26,13 @@ def fingerprint(components: Components, dataset: RefinerDataset) -> dict[str, An
     }
 
 
-class CachedWindows:
+class CachedWindows(CachedItems[RefinerDataset]):
     """A data set that reads encoded windows; it draws the same place as `RefinerDataset` does from the same rng."""
-
-    def __init__(self, dataset: RefinerDataset, cache: Cache):
-        self.dataset, self.cache = dataset, cache
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def files_of(self, index: int) -> list:
-        return self.dataset.files_of(index)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """`render_latents`, `cond_latents`, `gt_latents` (4, h, w), `image_embeds` (D,), `has_cond`."""
         place = self.dataset.draw_place(rng)
-        entry = self.cache.load(digest_of_files(*self.files_of(index)))
+        entry = self.entry(digest_of_files(*self.files_of(index)), lambda: self.dataset.window(index, place))
         return {name: tensor[place].numpy() for name, tensor in entry.items()}
 
 
@@ -60,21 +47,24 @@ def build(
         CacheError: the folder was made with other weights, windows or sizes.
         StopRequested: the run was asked to stop; what is encoded stays.
     """
-    cache = Cache(folder, fingerprint(components, dataset))
-    mine = -(-(len(dataset) - processes.process_index) // processes.num_processes)  # items of this process
-    bar = {"desc": "encoding windows", "unit": "item", "disable": not processes.is_main_process}
-    for index in tqdm(stop.share(len(dataset)), total=mine, **bar):
-        try:
-            key = digest_of_files(*dataset.files_of(index))
-            if key in cache:
-                continue
-            windows = collate([dataset.window(index, place) for place in range(dataset.windows_per_item)])
-        except BAD_SAMPLE_ERRORS as error:
-            logger.warning("item %d is not cached: %s", index, error)
-            continue
+
+    def read(index: int, places: range) -> dict[str, Any]:
+        return collate([dataset.window(index, place) for place in places])
+
+    def encode(index: int, places: range, windows: dict[str, Any]) -> dict[str, Tensor]:
         windows = {k: v if k == "cond_u8" else v.to(processes.device) for k, v in windows.items()}
-        with torch.no_grad():
-            encoded = encode_batch(components, windows)  # (K, ...) each
-        cache.save(key, {**encoded, "has_cond": windows["has_cond"]})
-    processes.wait_for_everyone()
+        return {**encode_batch(components, windows), "has_cond": windows["has_cond"]}  # (K, ...) each
+
+    cache = Cache(folder, fingerprint(components, dataset))
+    encode_items(
+        cache,
+        len(dataset),
+        [range(dataset.windows_per_item)],  # one entry of all windows
+        key_of=lambda index, places: digest_of_files(*dataset.files_of(index)),
+        read=read,
+        encode=encode,
+        unit="item",
+        processes=processes,
+        stop=stop,
+    )
     return CachedWindows(dataset, cache)

@@ -1,27 +1,27 @@
 """Settings of the refiner: sections, historic spellings, checks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from common.config import (
-    WARMED_UP,
     CheckpointConfig,
     DataConfig,
+    DenoisingLossConfig,
+    GuidedSamplerConfig,
+    HubModelConfig,
     LogConfig,
     OptimConfig,
     Parser,
+    PicturesConfig,
     RunConfig,
-    ValidationConfig,
     option,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerRun(RunConfig):
-    output_dir: str = option(
-        "sd21-unclip-model-finetuned-together", "checkpoints, metrics, images; shared by all nodes"
-    )
-    seed: int = option(12345, "seed of data order, windows and every draw of the loss", minimum=0, state=True)
+    output_dir: str = option("sd21-unclip-model-finetuned-together")
+    seed: int = option(12345)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,29 +50,19 @@ class RefinerData(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefinerModel:
+class RefinerModel(HubModelConfig):
     pretrained_model_name_or_path: str | None = option(
         None, "stable-diffusion-2-1-unclip: a folder or a hub id; required"
     )
-    revision: str | None = option(None, "revision of a hub id")
     non_ema_revision: str | None = option(None, "revision of the UNet alone; null is `revision`")
     variant: str | None = option(None, "weight variant of all components, e.g. fp16")
-    cache_dir: str | None = option(None, "folder of hub downloads")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefinerLoss:
-    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
-        None, "what the UNet predicts; null is what the checkpoint says", state=True
-    )
-    use_classifier_free_guidance: bool = option(True, "drop conditions at random, so that guidance works")
+class RefinerLoss(DenoisingLossConfig):
     condition_dropout_prob: float = option(
         0.05, "chance of each of the seven ways to drop", minimum=0, maximum=1, needs="use_classifier_free_guidance"
     )
-    noise_offset: float = option(0.0, "strength of the noise offset; 0 is off", minimum=0)
-    input_perturbation: float = option(0.0, "extra noise of the input that the target lacks; 0 is off", minimum=0)
-    snr_gamma: float | None = option(None, "cap of min-SNR loss weights, recommended 5; null is off", above=0)
     snr_mode: Literal["fixed", "pairwise", "upstream"] = option(
         "fixed", "weights by each row's timestep, by the target's, or as the original mixed them up", needs="snr_gamma"
     )
@@ -81,19 +71,17 @@ class RefinerLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerLog(LogConfig):
-    tracker_project_name: str = option("text2image-fine-tune", "project name in the tracker")
+    tracker_project_name: str = option("text2image-fine-tune")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerOptim(OptimConfig):
-    gradient_accumulation_steps: int = option(20, "micro-batches per optimizer step", minimum=1)
-    lr_warmup_steps: int = option(
-        500, "optimizer steps of linear warm-up; none with `constant`", minimum=0, needs=WARMED_UP
-    )
+    gradient_accumulation_steps: int = option(20)
+    lr_warmup_steps: int = option(500)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
+class SamplerConfig(GuidedSamplerConfig):
     """How images are repaired, in validation and in inference."""
 
     num_inference_steps: int = option(20, "sampler steps", minimum=1, needs="parity=False")
@@ -110,23 +98,20 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefinerValidation(ValidationConfig, SamplerConfig):
-    max_validation_items: int | None = option(None, "held-out items repaired per validation; null is all", minimum=1)
-    lpips_weights: str | None = option(
-        None, "AlexNet weights of torchvision for LPIPS; null looks in torch hub's cache"
-    )
+class RefinerValidation(PicturesConfig, SamplerConfig):
+    """Repaired images against held-out targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerConfig:
-    run: RefinerRun = field(default_factory=RefinerRun)
-    data: RefinerData = field(default_factory=RefinerData)
-    model: RefinerModel = field(default_factory=RefinerModel)
-    loss: RefinerLoss = field(default_factory=RefinerLoss)
-    optim: RefinerOptim = field(default_factory=RefinerOptim)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: RefinerLog = field(default_factory=RefinerLog)
-    validation: RefinerValidation = field(default_factory=RefinerValidation)
+    run: RefinerRun = RefinerRun()
+    data: RefinerData = RefinerData()
+    model: RefinerModel = RefinerModel()
+    loss: RefinerLoss = RefinerLoss()
+    optim: RefinerOptim = RefinerOptim()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: RefinerLog = RefinerLog()
+    validation: RefinerValidation = RefinerValidation()
 
 
 ALIASES = {

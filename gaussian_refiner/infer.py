@@ -1,16 +1,19 @@
 """Repairs an image, a folder of images or a json list with a trained refiner; `--help` lists all settings.
 
-    python -m gaussian_refiner.infer --pretrained_model_name_or_path run/export --input renders --output repaired
+    python -m gaussian_refiner.infer --model run/export --input renders --output_dir repaired
+    accelerate launch -m gaussian_refiner.infer --model run/export --input example_kitti.json --output_dir repaired
 
-Every image is resized to the bucket of its aspect, as in training, repaired over its full width and resized back.
+Every image is resized to the bucket of its aspect, as in training, repaired over its full width and resized back. The
+same command again makes what is missing. An image's noise follows from the seed and its place in the input: not from
+batch size or number of processes.
 """
 
-import json
+import logging
 import re
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +23,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common import runtime
-from common.config import Parser, find_file, folder_or_id, option
-from common.metrics import SSIM_WINDOW_PX, Lpips, LpipsUnavailable, psnr, ssim
+from common import tools
+from common.config import Parser, Section, find_file, folder_or_id, option
+from common.metrics import SSIM_WINDOW_PX, Lpips, lpips_for_all, psnr, ssim
+from common.runtime import Processes
 from common.video import MediaError, contact_sheet, image_size, load_image, save_image, to_uint8
 from gaussian_refiner.config import SamplerConfig
 from gaussian_refiner.data import BUCKETS, bucket_batches, choose_bucket, normalise, read_pairs
@@ -31,16 +35,17 @@ from gaussian_refiner.models.self_mutual_attention import CondCache, install_sel
 from gaussian_refiner.models.unet import LATENT_CHANNELS
 from gaussian_refiner.repair import Frame, Sampling, encode_frames, frame_of, repair_frames, sampling
 
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METRICS = ("psnr", "ssim", "lpips")
 TABLE_ROWS = 30  # of the printed table; metrics.json has all
-SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferData:
+class InferData(Section):
     input: str | None = option(None, "an image, a folder of images, or a json list as for training; required")
-    output: str | None = option(None, "a .png file (for one image) or a folder; required")
+    output_dir: str | None = option(None, "a folder, or for one image a .png file; required")
     reference: str | None = option(
         None, "conditioning image for all, or a folder with one for each input (same names, or same number)"
     )
@@ -48,13 +53,13 @@ class InferData:
     split: Literal["validation", "train", "all"] = option("validation", "which items of a json list")
     data_root: str | None = option(None, "folder that a json's paths are relative to; null is the working directory")
     holdout_items: int = option(10, "last items of a json without a test split that are `validation`", minimum=1)
-    overwrite: bool = option(False, "repair again what is there already; otherwise existing outputs are kept")
+    overwrite: bool = option(False, "make again what is there already; otherwise existing results are kept")
     side_by_side: bool = option(False, "also write sheets: render, repaired, reference, target")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferModel:
-    pretrained_model_name_or_path: str | None = option(
+class InferModel(Section):
+    model: str | None = option(
         None, "the folder `export` of a run, or the original checkpoint (folder or hub id) with --unet; required"
     )
     unet: str | None = option(None, "folder of another UNet: checkpoint-500, its unet or its unet_ema")
@@ -67,7 +72,7 @@ class InferModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferFrame:
+class InferSampling(SamplerConfig):
     height_px: int | None = option(None, "height of the resized images, a multiple of 8; null is 480 (4:3) or 512")
     full_frame: bool = option(False, "the whole width in one piece instead of overlapping square windows")
     window_overlap_px: int | None = option(
@@ -80,14 +85,13 @@ class InferFrame:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferRun:
-    seed: int = option(12345, "an image's noise follows from the seed and its place in the input", minimum=0)
-    batch_size: int = option(1, "images repaired at once; wide ones count once per window", minimum=1)
-    cond_cache: bool = option(True, "run the conditioning image once instead of in every step; same result")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "type of weights and activations; null is fp16 on a CUDA GPU, else no"
+class InferRun(tools.ToolConfig):
+    mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
+        None, "type of weights and activations; null is the launcher's, and without one fp16 on a GPU, fp32 on a CPU"
     )
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    seed: int = option(12345, "an image's noise follows from the seed and its place in the input", minimum=0)
+    batch_size: int = option(1, "images repaired at once, per process; wide ones count once per window", minimum=1)
+    cond_cache: bool = option(True, "run the conditioning image once instead of in every step; same result")
     lpips_weights: str | None = option(
         None, "AlexNet weights of torchvision for LPIPS; null looks in torch hub's cache"
     )
@@ -95,25 +99,21 @@ class InferRun:
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    data: InferData = field(default_factory=InferData)
-    model: InferModel = field(default_factory=InferModel)
-    frame: InferFrame = field(default_factory=InferFrame)
-    sampling: SamplerConfig = field(default_factory=SamplerConfig)
-    run: InferRun = field(default_factory=InferRun)
+    data: InferData = InferData()
+    model: InferModel = InferModel()
+    sampling: InferSampling = InferSampling()
+    run: InferRun = InferRun()
 
 
 def check(config: InferConfig) -> list[str]:
     """Problems between sections, one sentence each."""
     data = config.data
-    problems = []
-    if not data.input:
-        problems.append("--input is required: an image, a folder of images, or a json list as for training")
-    if not data.output:
-        problems.append("--output is required: a .png file (for one image) or a folder")
-    if not config.model.pretrained_model_name_or_path:
-        problems.append(
-            "--pretrained_model_name_or_path is required: the folder `export` of a run, or the original checkpoint"
-        )
+    required = {
+        "data.input": "an image, a folder of images, or a json list as for training",
+        "data.output_dir": "a folder, or for one image a .png file",
+        "model.model": "the folder `export` of a run, or the original checkpoint",
+    }
+    problems = tools.required(config, required)
     if data.input and _is_json(data.input):
         problems += [
             f"--{name} cannot go with the json list {data.input}, which names its own; leave it out"
@@ -125,6 +125,13 @@ def check(config: InferConfig) -> list[str]:
 
 PARSER = Parser(
     InferConfig,
+    aliases={
+        "pretrained_model_name_or_path": "model.model",
+        "model.pretrained_model_name_or_path": "model.model",
+        "output": "data.output_dir",
+        "data.output": "data.output_dir",
+        **{f"frame.{name}": f"sampling.{name}" for name in ("height_px", "full_frame", "window_overlap_px")},
+    },
     check=check,
     program="infer.py",
     description="Repairs renders of 3D-Gaussian scenes with a trained refiner.",
@@ -145,6 +152,9 @@ class Job:
     output: Path
     sheet: Path
 
+    def __str__(self) -> str:
+        return str(self.render)
+
 
 def find_jobs(data: InferData) -> list[Job]:
     """The images to repair, in order, with what goes with them and where results go.
@@ -158,17 +168,18 @@ def find_jobs(data: InferData) -> list[Job]:
     if _is_json(source):
         names, renders, references, gts = _read_json(source, data)
     else:
-        renders = _list_images("--input", source)
+        renders = tools.list_images(source, "--input", IMAGE_SUFFIXES)
         names = [path.stem for path in renders]
         references = _match(renders, "--reference", data.reference, one_for_all=True)
         gts = _match(renders, "--gt", data.gt, one_for_all=False)
-    outputs = _outputs(Path(str(data.output)), names, renders)
+    output_dir = Path(str(data.output_dir))
+    outputs = _outputs(output_dir, names, renders)
     inputs = {path.resolve() for path in (*renders, *references, *gts) if path is not None}
     for output in outputs:
         if output.resolve() in inputs:
-            raise ValueError(f"--output {data.output} would overwrite the input {output}: choose another folder")
+            raise ValueError(f"--output_dir {output_dir} would overwrite the input {output}: choose another folder")
     rows = zip(renders, references, gts, outputs, strict=True)
-    return [Job(number, *row, _sheet_path(Path(str(data.output)), row[-1])) for number, row in enumerate(rows)]
+    return [Job(number, *row, _sheet_path(output_dir, row[-1])) for number, row in enumerate(rows)]
 
 
 def metrics_path(output: Path) -> Path:
@@ -198,40 +209,33 @@ def _read_json(source: Path, data: InferData) -> tuple[list[str], list[Path], li
     return names, [pair.render for pair in chosen], [pair.cond for pair in chosen], [pair.gt for pair in chosen]
 
 
-def _list_images(flag: str, source: Path) -> list[Path]:
-    """The images of a folder by name, or the one image."""
-    if not source.is_dir():
-        return [source]
-    images = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    if not images:
-        raise ValueError(f"{flag} {source} holds no images: files ending in {', '.join(IMAGE_SUFFIXES)} are looked for")
-    return images
-
-
 def _match(renders: Sequence[Path], flag: str, path: str | None, one_for_all: bool) -> list[Path | None]:
     """An image of `path` for every render: of the same name, or of the same place where no name agrees."""
     if path is None:
         return [None] * len(renders)
     source = find_file(path, flag)
-    images = _list_images(flag, source)
+    images = tools.list_images(source, flag, IMAGE_SUFFIXES)
     if not source.is_dir():
         if len(renders) > 1 and not one_for_all:
             raise ValueError(f"{flag} {source} is one image, but --input gives {len(renders)}: give a folder")
         return [images[0]] * len(renders)
     by_stem = {path.stem: path for path in images}
-    missing = [path.stem for path in renders if path.stem not in by_stem]
-    if not missing:
+    unmatched = [path.stem for path in renders if path.stem not in by_stem]
+    if not unmatched:
         return [by_stem[path.stem] for path in renders]
-    if len(missing) == len(renders) == len(images):
-        print(
-            f"{flag} {source}: no name agrees with those of --input, so images are paired in order of their names, "
-            f"{renders[0].name} with {images[0].name} first",
-            file=sys.stderr,
+    if len(unmatched) == len(renders) == len(images):
+        logger.warning(
+            "%s %s: no name agrees with those of --input, so images are paired in order of their names, "
+            "%s with %s first",
+            flag,
+            source,
+            renders[0].name,
+            images[0].name,
         )
         return list(images)
     raise ValueError(
-        f"{flag} {source} holds {len(images)} images, but none for {len(missing)} of {len(renders)} inputs: "
-        f"{_some(missing)}. Give every input one of the same name, or equally many under other names"
+        f"{flag} {source} holds {len(images)} images, but none for {len(unmatched)} of {len(renders)} inputs: "
+        f"{tools.first_few(unmatched)}. Give every input one of the same name, or equally many under other names"
     )
 
 
@@ -240,19 +244,18 @@ def _outputs(output: Path, names: Sequence[str], renders: Sequence[Path]) -> lis
         raise ValueError("the chosen split of the json list has no items; choose another --split")
     if _is_png(output):
         if len(names) > 1:
-            raise ValueError(f"--output {output} is one file, but --input gives {len(names)} images: give a folder")
+            raise ValueError(f"--output_dir {output} is one file, but --input gives {len(names)} images: give a folder")
         return [output]
     if output.is_file() or output.suffix.lower() in IMAGE_SUFFIXES:
-        raise ValueError(f"--output {output} must be a folder, or a file that ends in .png")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        files = [str(path) for path, name in zip(renders, names, strict=True) if name == twice[0]]
-        raise ValueError(f"{' and '.join(files)} would both be written to {output / twice[0]}.png: rename one")
-    return [output / f"{name}.png" for name in names]
+        raise ValueError(f"--output_dir {output} must be a folder, or a file that ends in .png")
+    outputs = [output / f"{name}.png" for name in names]
+    tools.require_distinct(renders, outputs)
+    return outputs
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+def missing(jobs: Sequence[Job], config: InferConfig) -> list[Job]:
+    """Those without a result."""
+    return [job for job in jobs if config.data.overwrite or not job.output.exists()]
 
 
 # The weights ----------------------------------------------------------------------------------------------------------
@@ -269,12 +272,11 @@ class Refiner:
     seed: int
 
 
-def load_refiner(config: InferConfig) -> Refiner:
-    """Loads the weights as the configuration says; FileNotFoundError or ValueError name what is wrong with them."""
-    device = choose_device(config.run.device)
-    dtype = choose_dtype(config.run.mixed_precision, device)
+def load_model(config: InferConfig, processes: Processes, dtype: torch.dtype) -> Refiner:
+    """The refiner on the process's device; FileNotFoundError or ValueError name what is wrong with its weights."""
+    device = processes.device
     components = load_components(
-        folder_or_id(str(config.model.pretrained_model_name_or_path)),
+        folder_or_id(str(config.model.model)),
         revision=config.model.revision,
         variant=config.model.variant,
         cache_dir=config.model.cache_dir,
@@ -283,10 +285,10 @@ def load_refiner(config: InferConfig) -> Refiner:
     if config.model.prediction_type:
         components.prediction_type = config.model.prediction_type
     if not components.unet.conv_in.weight[:, LATENT_CHANNELS:].any():
-        print(
-            f"the UNet of {config.model.unet or config.model.pretrained_model_name_or_path} does not look at the "
-            "render: these are the weights that training starts from. Give the folder of a trained one as --unet",
-            file=sys.stderr,
+        logger.warning(
+            "the UNet of %s does not look at the render: these are the weights that training starts from. Give the "
+            "folder of a trained one as --unet",
+            config.model.unet or config.model.model,
         )
     how = sampling(
         config.sampling,
@@ -299,95 +301,55 @@ def load_refiner(config: InferConfig) -> Refiner:
     return Refiner(components, cond_cache, how, config.run.cond_cache, config.run.seed)
 
 
-def choose_device(name: str) -> torch.device:
-    """The named device, or for "auto" the accelerator if there is one; ValueError if it cannot be used."""
-    if name == "auto":
-        name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA GPUs; use auto")
-    return device
-
-
-def choose_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
-    """The type of weights and activations; fp16 without a GPU becomes float32, as in training, and says so."""
-    if wanted == "fp16" and device.type == "cpu":
-        print("mixed_precision fp16 needs a GPU: float32 is used on the CPU", file=sys.stderr)
-        return torch.float32
-    wanted = wanted or ("fp16" if device.type == "cuda" else "no")
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[wanted]
-
-
 # The job, from files to files -----------------------------------------------------------------------------------------
 
 
-def repair_jobs(jobs: Sequence[Job], config: InferConfig) -> dict[Job, str]:
-    """Repairs and saves; returns why for each image that was not repaired."""
-    failures: dict[Job, str] = {}
-    frames = {bucket: frame_of(bucket, **asdict(config.frame)) for bucket in BUCKETS}
-    buckets = []
-    for job in jobs:
-        try:
-            buckets.append(choose_bucket(*image_size(job.render)))
-        except MediaError as error:
-            buckets.append("")
-            _fail(failures, job, error)
-    readable = [index for index, bucket in enumerate(buckets) if bucket]
-    if not readable:
-        return failures
-    refiner = load_refiner(config)
-    with tqdm(total=len(jobs), initial=len(failures), unit="image", desc="repair") as bar:
-        for batch in bucket_batches(readable, buckets, config.run.batch_size, drop_last=False):
-            _repair_batch([jobs[index] for index in batch], frames[buckets[batch[0]]], refiner, failures)
-            bar.update(len(batch))
-    return failures
+def frames_of(settings: InferSampling) -> dict[str, Frame]:
+    """The frame of each bucket; ValueError for windows that cannot be."""
+    size = {name: getattr(settings, name) for name in ("height_px", "full_frame", "window_overlap_px")}
+    return {bucket: frame_of(bucket, **size) for bucket in BUCKETS}
 
 
-def _repair_batch(jobs: Sequence[Job], frame: Frame, refiner: Refiner, failures: dict[Job, str]) -> None:
-    """Reads, repairs and saves images of one bucket."""
-    loaded = []
-    for job in jobs:
+def batches_of(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
+    """Images of one bucket together; those that cannot be read among themselves."""
+
+    def bucket_of(job: Job) -> str:
         try:
-            render = load_image(job.render)
-            reference = None if job.reference is None else _fit(load_image(job.reference), frame)
-            loaded.append((job, _fit(render, frame), reference, render.size))
-        except MediaError as error:
-            _fail(failures, job, error)
-    if not loaded:
-        return
-    encoded = encode_frames(
-        refiner.components, [render for _, render, _, _ in loaded], [ref for _, _, ref, _ in loaded], frame
-    )
+            return choose_bucket(*image_size(job.render))
+        except MediaError:
+            return ""
+
+    batches = bucket_batches(range(len(jobs)), [bucket_of(job) for job in jobs], batch_size, drop_last=False)
+    return [[jobs[index] for index in batch] for batch in batches]
+
+
+def make_batch(jobs: Sequence[Job], refiner: Refiner, frames: Mapping[str, Frame]) -> None:
+    """Reads, repairs and saves images of one bucket; ValueError or OSError if that fails."""
+    frame = frames[choose_bucket(*image_size(jobs[0].render))]
+    renders = [load_image(job.render) for job in jobs]
+    references = [None if job.reference is None else _fit(load_image(job.reference), frame) for job in jobs]
+    encoded = encode_frames(refiner.components, [_fit(render, frame) for render in renders], references, frame)
     images = repair_frames(
         refiner.components,
         refiner.cond_cache,
         refiner.how,
         encoded,
         seed=refiner.seed,
-        numbers=[job.number for job, *_ in loaded],
+        numbers=[job.number for job in jobs],
         window_px=frame.window_px,
         window_overlap_px=frame.window_overlap_px,
         use_cond_cache=refiner.use_cond_cache,
     )  # (B, 3, H, W)
-    for (job, _, _, size_px), image in zip(loaded, images, strict=True):
-        if not image.isfinite().all():
-            _fail(failures, job, "the result is not finite: use --mixed_precision bf16 or no, or other weights")
-            continue
-        repaired = Image.fromarray(to_uint8(image))
-        save_image(job.output, np.asarray(repaired.resize(size_px, Image.Resampling.LANCZOS)))  # (H, W, 3) of the input
+    if not images.isfinite().all():
+        raise ValueError("the result is not finite: use --mixed_precision bf16 or no, or other weights")
+    for job, render, image in zip(jobs, renders, images, strict=True):
+        repaired = Image.fromarray(to_uint8(image)).resize(render.size, Image.Resampling.LANCZOS)
+        save_image(job.output, np.asarray(repaired))  # (H, W, 3) of the input
 
 
 def _fit(image: Image.Image, frame: Frame) -> np.ndarray:
     """uint8 (H, W, 3) of the frame's size; the aspect is not kept, as in training."""
     return np.array(image.resize((frame.width_px, frame.height_px), Image.Resampling.LANCZOS))
-
-
-def _fail(failures: dict[Job, str], job: Job, reason: object) -> None:
-    failures[job] = str(reason)
-    tqdm.write(f"not repaired: {job.render}: {reason}", file=sys.stderr)
 
 
 # What came of it ------------------------------------------------------------------------------------------------------
@@ -431,24 +393,12 @@ def write_sheet(job: Job) -> None:
     save_image(job.sheet, contact_sheet([list(images.values())], list(images), cell_height_px=len(images["render"])))
 
 
-def load_lpips(weights: str | None, device: torch.device) -> Lpips | None:
-    """LPIPS with AlexNet features, or None with the reason on stderr; LpipsUnavailable where `weights` are given."""
-    try:
-        return Lpips.load("alex", weights, device)
-    except LpipsUnavailable as error:
-        if weights:
-            raise
-        print(f"metrics go without LPIPS: {error}", file=sys.stderr)
-        return None
-
-
 def write_metrics(path: Path, rows: dict[str, dict[str, float]]) -> dict[str, float]:
     """Writes the metrics of each image, by the name of its output, and their means; returns the means."""
     means = {name: float(np.mean([row[name] for row in rows.values()])) for name in next(iter(rows.values()))}
     images = [{"name": name, **row} for name, row in rows.items()]
     content = {"num_images": len(rows), "mean": means, "images": images}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tools.write_json(path, content)
     return means
 
 
@@ -467,54 +417,72 @@ def table(rows: dict[str, dict[str, float]], means: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def review(jobs: Sequence[Job], config: InferConfig) -> dict[Job, str]:
-    """Sheets and metrics of all outputs, old and new; returns why for each image whose files could not be read."""
-    failures: dict[Job, str] = {}
+def review(
+    jobs: Sequence[Job], failures: Mapping[Job, str], config: InferConfig, processes: Processes
+) -> dict[Job, str]:
+    """Sheets and metrics of all results, old and new, once all processes have finished; called on all of them.
+
+    Args:
+        failures: of this process, which no process reviews.
+
+    Returns:
+        why files could not be read, of those that this process has reviewed.
+    """
     wants_metrics = any(job.gt for job in jobs)
     if not (config.data.side_by_side or wants_metrics):
-        return failures
-    lpips = load_lpips(config.run.lpips_weights, choose_device(config.run.device)) if wants_metrics else None
-    rows = {}
-    for job in tqdm(jobs, unit="image", desc="metrics" if wants_metrics else "sheets"):
+        return {}
+    device, problems = processes.device, {}
+    has_failed = processes.reduce(torch.tensor([float(job in failures) for job in jobs], device=device), "sum").tolist()
+    weights = config.run.lpips_weights
+    lpips = lpips_for_all("alex", weights, processes, place="the metrics") if wants_metrics else None
+    names = [f"{name}{suffix}" for name in METRICS if lpips or name != "lpips" for suffix in ("", "_render")]
+    values = torch.zeros(len(jobs), 1 + len(names), dtype=torch.float64)  # the first column: measured
+    share = tools.share_of([job for job, failed in zip(jobs, has_failed, strict=True) if not failed], processes)
+    desc = "metrics" if wants_metrics else "sheets"
+    for job in tqdm(share, unit="image", desc=desc, disable=not processes.is_main_process):
         try:
             if config.data.side_by_side:
                 write_sheet(job)
             if job.gt:
-                rows[job.output.name] = measure(job, lpips)
+                row = measure(job, lpips)
+                values[job.number] = torch.tensor([1.0, *(row[name] for name in names)], dtype=torch.float64)
         except MediaError as error:
-            failures[job] = str(error)
+            problems[job] = str(error)
             tqdm.write(f"not measured: {error}", file=sys.stderr)
-    if rows:
-        path = metrics_path(Path(str(config.data.output)))
+    # Every row is zero on all processes but one, so that their sum is the table, whatever the number of processes.
+    values = processes.reduce(values.to(device), "sum").tolist()
+    rows = {
+        job.output.name: dict(zip(names, row, strict=True))
+        for job, (is_measured, *row) in zip(jobs, values, strict=True)
+        if is_measured
+    }
+    if rows and processes.is_main_process:
+        path = metrics_path(Path(str(config.data.output_dir)))
         means = write_metrics(path, rows)
         print(f"{table(rows, means)}\nmetrics of {len(rows)} images: {path}")
+    return problems
+
+
+def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict[Job, str]:
+    """Repairs what is missing and reviews all; returns why images of this process went wrong."""
+    jobs, frames = find_jobs(config.data), frames_of(config.sampling)
+    todo = missing(jobs, config)
+    tools.say_kept(len(jobs) - len(todo), len(jobs), "image", processes)
+    share = tools.share_of(todo, processes)
+    failures: dict[Job, str] = {}
+    if share:
+        make = partial(make_batch, refiner=load_model(config, processes, dtype), frames=frames)
+        failures = tools.attempt_all(batches_of(share, config.run.batch_size), make, "image", processes)
+    failures |= review(jobs, failures, config, processes)
+    tools.conclude([job.output for job in jobs], config.data.output_dir, failures, "image", processes)
     return failures
 
 
-def infer(config: InferConfig) -> dict[Job, str]:
-    """Repairs what is not repaired yet and reviews all; returns why for each image that went wrong."""
-    jobs = find_jobs(config.data)
-    todo = [job for job in jobs if config.data.overwrite or not job.output.exists()]
-    if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist and are kept; --overwrite repairs them again")
-    failures = repair_jobs(todo, config) if todo else {}
-    print(f"repaired {len(todo) - len(failures)} of {len(jobs)} images: {config.data.output}")
-    reviewed = [job for job in jobs if job not in failures]
-    return failures | review(reviewed, config)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Repairs as the command line says; see `--help`. Ends with status 1 if an image could not be read or repaired."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    for warning in warnings:
-        print(warning, file=sys.stderr)
-    runtime.quiet_libraries()
-    with runtime.clear_errors():
-        failures = infer(config)
-    if failures:
-        lines = "".join(f"\n  {job.render}: {reason}" for job, reason in failures.items())
-        print(f"{len(failures)} images went wrong:{lines}", file=sys.stderr)
-        sys.exit(1)
+    """Repairs as the command line says; see `--help`. Ends with status 1 if an image went wrong."""
+    with tools.started(PARSER, argv, default_half="fp16") as (config, accelerator, dtype):
+        failures = infer(config, accelerator, dtype)
+    tools.exit_if(failures)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
 """Training, from the command line to the exported weights; reads top to bottom."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from common import loop, runtime
+from common import runtime, training
 from common.config import find_file, folder_or_id
-from common.data import SamplePlan, rng_for
+from common.data import rng_for
 from common.metrics import lpips_for_all
 from common.optim import EMA, Learner, build_adamw, lr_schedule
-from common.preflight import preflight
-from common.replay import replay
 from common.video import contact_sheet
 from gaussian_refiner import cache
-from gaussian_refiner.config import PARSER, RefinerConfig
+from gaussian_refiner.config import RefinerConfig
 from gaussian_refiner.data import Pair, Pairs, RefinerDataset, read_pairs
 from gaussian_refiner.models.components import PARITY_PROMPTS, embed_text, load_components
 from gaussian_refiner.models.self_mutual_attention import install_self_mutual_attention
@@ -29,16 +26,6 @@ MEMORY_KNOBS = (
     "train_batch_size (raise gradient_accumulation_steps to match), or use --gradient_checkpointing, "
     "--mixed_precision bf16, --use_8bit_adam, --cache_latents, --offload_ema"
 )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    with runtime.clear_errors():
-        if config.run.preflight:
-            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
-        train(config, warnings)
 
 
 def draw_samples(config: RefinerConfig) -> np.ndarray:
@@ -69,26 +56,15 @@ def training_data(config: RefinerConfig, pairs: Sequence[Pair]) -> RefinerDatase
 
 def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
-    config = loop.aside_if_replaying(config)
-    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-    stop = runtime.stop_signal(accelerator, config.run)
-    for warning in warnings if accelerator.is_main_process else ():
-        logger.warning("%s", warning)
-    output_dir, device = Path(config.run.output_dir), accelerator.device
+    session = training.start(config, warnings)
+    config, accelerator, stop, device = session.config, session.accelerator, session.stop, session.device
 
-    # Data: who is held out, and in what order the rest is seen.
+    # Data: who is held out, in what order the rest is seen, and where an earlier start left off.
     pairs = listed_pairs(config)
     training_set = training_data(config, pairs.train)
     held_out = RefinerDataset(pairs.validation, height_px=config.data.height_px)
-    global_batch = loop.batch_of(accelerator, config)
-    loop.require_enough_items(len(training_set), config.data.batch_size, accelerator.num_processes)
     groups = [training_set.bucket_of(index) for index in range(len(training_set))]
-    plan = SamplePlan(len(training_set), config.run.seed, global_batch, groups)
-
-    # The run folder, and where it was left off.
-    runtime.require_shared_folder(accelerator, output_dir)
-    fingerprint = training_set.fingerprint()
-    resume_point = loop.find_resume_point(accelerator, config, output_dir, fingerprint)
+    course = training.course_of(session, training_set, groups)
 
     # The checkpoint: all frozen but the UNet, which gets 8 input channels and self-mutual attention.
     load = partial(
@@ -113,26 +89,22 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
 
     source = training_set
     if config.data.cache_latents:
+        runtime.require_shared_folder(accelerator, Path(config.data.cache_latents), "data.cache_latents")
         source = cache.build(training_set, components, config.data.cache_latents, accelerator, stop)
 
     # Optimizer, learning rate, moving average.
     optimizer = build_adamw(bare_unet.parameters(), config.optim, device)
     unet, optimizer = accelerator.prepare(bare_unet, optimizer)
-    total_steps = loop.total_steps(config.run, len(training_set), global_batch)
-    learning_rate = lr_schedule(config.optim, total_steps, global_batch)
+    learning_rate = lr_schedule(config.optim, course.total_steps, course.plan.global_batch)
     ema = EMA(bare_unet, config.optim.ema_decay, config.optim.offload_ema) if config.optim.use_ema else None
     learners = {"model": Learner(unet, optimizer, learning_rate, config.optim.max_grad_norm, ema)}
 
     # Resume, say what is about to happen, train.
-    run = loop.open_run(
-        accelerator,
-        config,
-        stop,
+    run = training.open_run(
+        session,
+        course,
         models={"unet": bare_unet},
         learners=learners,
-        num_items=len(training_set),
-        fingerprint=fingerprint,
-        resume_point=resume_point,
         memory_knobs=MEMORY_KNOBS,
     )
     task = RefinerTask(
@@ -149,9 +121,4 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
         reload_components=load,
         lpips=lpips_for_all("alex", config.validation.lpips_weights, accelerator),
     )
-    loader = loop.open_loader(run, source, plan)
-    if config.run.replay:
-        replay(run, task, loader, Path(config.run.replay))
-    else:
-        loop.fit(run, task, loader, learners)
-    run.end()
+    training.run_to_end(run, task, source)

@@ -1,21 +1,16 @@
 """Objects encoded once: moments and image embeddings of every variant, instead of frozen networks in every step."""
 
 import hashlib
-import logging
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from common.cache import Cache, digest_of_files, digest_of_weights
-from common.data import BAD_SAMPLE_ERRORS, collate
+from common.cache import Cache, CachedItems, digest_of_files, digest_of_weights, encode_items
+from common.data import collate
 from common.runtime import Processes, StopSignal
 from mvdiffusion.data.mvds import MultiViewDataset, Variant
 from mvdiffusion.task import ENCODED, Frozen, encode_batch
-
-logger = logging.getLogger(__name__)
 
 
 def fingerprint(frozen: Frozen, dataset: MultiViewDataset) -> dict[str, Any]:
@@ -30,25 +25,13 @@ def fingerprint(frozen: Frozen, dataset: MultiViewDataset) -> dict[str, Any]:
     }
 
 
-class CachedObjects:
+class CachedObjects(CachedItems[MultiViewDataset]):
     """A data set that reads encoded objects; it draws the same variant as `MultiViewDataset` does from the same rng."""
-
-    def __init__(self, dataset: MultiViewDataset, cache: Cache):
-        self.dataset, self.cache = dataset, cache
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def files_of(self, index: int) -> list:
-        return self.dataset.files_of(index)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """What `encode_batch` makes of a sample, and its camera embeddings."""
         variant = self.dataset.variant(rng)
-        key = _key(self.dataset, index, variant)
-        if key not in self.cache:
-            self.dataset.item(index, variant)  # raises what kept it from being encoded
-        entry = self.cache.load(key)
+        entry = self.entry(_key(self.dataset, index, variant), lambda: self.dataset.item(index, variant))
         return {**{name: tensor.numpy() for name, tensor in entry.items()}, **self.dataset.camera(index, variant)}
 
 
@@ -64,24 +47,24 @@ def build(
         CacheError: the folder was made with other weights, views or sizes.
         StopRequested: the run was asked to stop; what is encoded stays.
     """
-    variants = dataset.variants()
-    cache = Cache(folder, fingerprint(frozen, dataset))
-    mine = -(-(len(dataset) - processes.process_index) // processes.num_processes)  # objects of this process
-    bar = {"desc": "encoding objects", "unit": "object", "disable": not processes.is_main_process}
-    for index in tqdm(stop.share(len(dataset)), total=mine, **bar):
-        for variant in variants:
-            try:
-                key = _key(dataset, index, variant)
-                if key in cache:
-                    continue
-                batch: Mapping[str, Any] = collate([dataset.item(index, variant)])
-            except BAD_SAMPLE_ERRORS as error:
-                logger.warning("object %d is not cached: %s", index, error)
-                break
-            with torch.no_grad():
-                encoded = encode_batch(frozen, {k: v.to(processes.device) for k, v in batch.items()})
-            cache.save(key, {name: encoded[name][0] for name in ENCODED})
-    processes.wait_for_everyone()
+
+    def encode(index: int, variant: Variant, item: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        batch = {name: tensor.to(processes.device) for name, tensor in collate([item]).items()}
+        encoded = encode_batch(frozen, batch)
+        return {name: encoded[name][0] for name in ENCODED}
+
+    variants, cache = dataset.variants(), Cache(folder, fingerprint(frozen, dataset))
+    encode_items(
+        cache,
+        len(dataset),
+        variants,
+        key_of=lambda index, variant: _key(dataset, index, variant),
+        read=dataset.item,
+        encode=encode,
+        unit="object",
+        processes=processes,
+        stop=stop,
+    )
     return CachedObjects(dataset, cache)
 
 

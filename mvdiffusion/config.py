@@ -1,18 +1,19 @@
 """Settings of the multi-view trainer: sections, profiles, the keys of the original's and its parent's YAML, checks."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.config import (
-    WARMED_UP,
     CheckpointConfig,
     DataConfig,
+    DenoisingLossConfig,
+    HubModelConfig,
     LogConfig,
     OptimConfig,
     Parser,
+    PicturesConfig,
     RunConfig,
-    ValidationConfig,
     option,
 )
 
@@ -52,8 +53,8 @@ _BY_PROFILE = "null is what run.preset says"
 
 @dataclass(frozen=True, kw_only=True)
 class MVRun(RunConfig):
-    output_dir: str = option("sd-model-finetuned", "checkpoints, metrics, images; shared by all nodes")
-    seed: int = option(42, "seed of data order, variants and every draw of the loss", minimum=0, state=True)
+    output_dir: str = option("sd-model-finetuned")
+    seed: int = option(42)
     preset: Literal["recommended", "gnn3d", "wonder3d"] = option(
         "recommended", "values of the switches that are not given: the original's, its parent's, or the better of both"
     )
@@ -61,7 +62,9 @@ class MVRun(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MVData(DataConfig):
-    batch_size: int = option(2, "objects per process and micro-batch; the network sees num_views x 2 rows of each")
+    batch_size: int = option(
+        2, "objects per process and micro-batch; the network sees num_views x 2 rows of each", minimum=1
+    )
     train_data_dir: str | None = option(None, "folder of rendered objects, see scripts/render_multiview.py; required")
     object_list: str | None = option(None, "JSON list of the objects to use; null takes all in the folder")
     invalid_list: str | None = option(None, "JSON list of objects to leave out")
@@ -100,7 +103,7 @@ class MVData(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MVModel:
+class MVModel(HubModelConfig):
     pretrained_model_name_or_path: str | None = option(
         None, "sd-image-variations or a Wonder3D pipeline: a folder or a hub id; the components below replace its own"
     )
@@ -112,8 +115,6 @@ class MVModel:
         None, "folder or hub id that holds unet/: 2-D weights, or those of an earlier stage or run"
     )
     pretrained_config_path_unet: str | None = option(None, "JSON file with the UNet's settings, e.g. unet_config.json")
-    revision: str | None = option(None, "revision of hub ids")
-    cache_dir: str | None = option(None, "folder of hub downloads")
     cd_attention_mid: bool | None = option(
         None, "cross-domain layers after self-attention; null is true when domains are trained jointly", state=True
     )
@@ -129,11 +130,10 @@ class MVModel:
     trainable_modules: tuple[str, ...] | None = option(
         None, "train only modules whose names end so, e.g. joint_mid in stage 2; null trains all", state=True
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MVLoss:
+class MVLoss(DenoisingLossConfig):
     pred_type: Literal["joint", "mix"] = option(
         "joint", "both domains of an object together (stage 2), or one of them, drawn per sample (stage 1)", state=True
     )
@@ -146,7 +146,6 @@ class MVLoss:
     timestep_sharing: Literal["row", "domain_object", "object"] | None = option(
         None, f"what shares a timestep: nothing, the views of a domain, or an object; {_BY_PROFILE}"
     )
-    use_classifier_free_guidance: bool = option(True, "drop conditions at random, so that guidance works")
     drop_type: Literal["drop_as_a_whole", "drop_independent", "drop_joint", "row_both"] | None = option(
         None,
         "what loses its condition together: an object, a row, a view in both domains (each in one of three ways), or a "
@@ -160,12 +159,7 @@ class MVLoss:
         maximum=1,
         needs="use_classifier_free_guidance",
     )
-    noise_offset: float = option(0.0, "strength of the noise offset; 0 is off", minimum=0)
-    input_perturbation: float = option(0.0, "extra noise of the input that the target lacks; 0 is off", minimum=0)
-    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
-        None, "what the UNet predicts; null is what the scheduler's file says", state=True
-    )
-    snr_gamma: float | None = option(5.0, "cap of min-SNR loss weights; null is off", above=0)
+    snr_gamma: float | None = option(5.0)
     snr_mode: Literal["canonical", "wonder3d", "gnn3d"] | None = option(
         None, f"min-SNR weights of v-prediction; {_BY_PROFILE}", needs="snr_gamma"
     )
@@ -173,9 +167,7 @@ class MVLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class MVOptim(OptimConfig):
-    lr_warmup_steps: int = option(
-        500, "optimizer steps of linear warm-up; none with `constant`", minimum=0, needs=WARMED_UP
-    )
+    lr_warmup_steps: int = option(500)
     camera_embedding_lr_mult: float | None = option(
         None, f"factor of the learning rate of the class embedding; {_BY_PROFILE}", above=0
     )
@@ -183,15 +175,13 @@ class MVOptim(OptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MVLog(LogConfig):
-    report_to: str = option("wandb", "tracker(s), comma-separated: tensorboard, wandb, ..., all or none")
-    tracker_project_name: str = option("image2image_fine_tune", "project name in the tracker")
+    report_to: str = option("wandb")
+    tracker_project_name: str = option("image2image_fine_tune")
     wandb_args: dict | None = option(None, "for wandb's start: {entity: your user name, name: of the run}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How views are sampled, in validation and in inference."""
-
+class MVValidation(PicturesConfig):
     num_inference_steps: int = option(20, "sampler steps", minimum=1)
     eta: float = option(
         0.0, "noise that DDIM adds per step, from none at 0 to as much as DDPM at 1", minimum=0, maximum=1
@@ -199,32 +189,23 @@ class SamplerConfig:
     cfg_order: Literal["domain", "upstream"] | None = option(
         None, f"order of guided rows; `upstream` mixes up conditions with guidance above 1; {_BY_PROFILE}"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MVValidation(ValidationConfig, SamplerConfig):
-    validation_steps: int | None = option(None, "optimizer steps between validations; null counts epochs", minimum=1)
     validation_guidance_scales: tuple[float, ...] = option((1.0, 3.0), "guidance of each validation; 1 is none")
     validation_dir: str | None = option(None, "folder of photographs of single objects, sampled in every validation")
     crop_size: int | None = option(
         None, "longer side of the object in such a photograph in pixels; null is 3/4 of the resolution", minimum=1
     )
-    max_validation_items: int | None = option(None, "held-out objects sampled per validation; null is all", minimum=1)
-    lpips_weights: str | None = option(
-        None, "AlexNet weights of torchvision for LPIPS; null looks in torch hub's cache"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MVConfig:
-    run: MVRun = field(default_factory=MVRun)
-    data: MVData = field(default_factory=MVData)
-    model: MVModel = field(default_factory=MVModel)
-    loss: MVLoss = field(default_factory=MVLoss)
-    optim: MVOptim = field(default_factory=MVOptim)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: MVLog = field(default_factory=MVLog)
-    validation: MVValidation = field(default_factory=MVValidation)
+    run: MVRun = MVRun()
+    data: MVData = MVData()
+    model: MVModel = MVModel()
+    loss: MVLoss = MVLoss()
+    optim: MVOptim = MVOptim()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: MVLog = MVLog()
+    validation: MVValidation = MVValidation()
 
 
 _UNET = "unet_from_pretrained_kwargs"
@@ -316,7 +297,7 @@ def check(config: MVConfig) -> list[str]:
     if crop_size and crop_size > data.resolution:
         problems.append(f"crop_size {crop_size} is above the resolution, {data.resolution}: the object would not fit")
     loss = resolved(config).loss
-    rate = loss.condition_drop_rate
+    rate = loss.condition_drop_rate or 0.0
     if 3 * rate > 1 and loss.drop_type != "row_both":
         problems.append(
             f"condition_drop_rate {rate} is above 1/3: the three ways to drop would not fit into one; the parent's "
@@ -346,6 +327,7 @@ PARSER = Parser(
     aliases=ALIASES,
     ignored=IGNORED,
     check=check,
+    resolve=resolved,
     program="train_image_variation.py",
     description="Trains a UNet that turns one image into many views, in colour and normals (Wonder3D family).",
     default_yaml="configs/training_config/train_config.yml",

@@ -12,13 +12,10 @@ makes what is missing. Results follow from the seed and the photograph's name: n
 number of processes.
 """
 
-import json
 import logging
-import os
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,16 +23,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from common import runtime
+from common import tools
 from common.config import Parser, find_file, folder_or_id, option
-from common.data import BAD_SAMPLE_ERRORS, rng_for
+from common.data import rng_for
 from common.runtime import Processes
-from common.video import IMAGE_SUFFIXES, save_image, to_uint8, write_video
+from common.video import save_image, to_uint8, write_video
 from mvdiffusion.data.poses import FIXED_VIEWS, choose_views
 from mvdiffusion.media import object_mask, prepare_photo, read_photo, turntable, view_sheet
-from mvdiffusion.models.initialise import read_json
 from mvdiffusion.pipelines.mvdiffusion_image import (
     MVDiffusionImagePipeline,
     ddim_schedule,
@@ -92,31 +87,27 @@ class InferSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferRun:
+class InferRun(tools.ToolConfig):
     seed: int = option(42, "an object's noise follows from the seed and its name", minimum=0)
     batch_size: int = option(1, "objects made at once, per process", minimum=1)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPUs if there are any")
-    mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "type of weights and activations; null is the launcher's, and without one bf16 on a GPU, fp32 on a CPU"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    data: InferData = field(default_factory=InferData)
-    model: InferModel = field(default_factory=InferModel)
-    sampling: InferSampling = field(default_factory=InferSampling)
-    run: InferRun = field(default_factory=InferRun)
+    data: InferData = InferData()
+    model: InferModel = InferModel()
+    sampling: InferSampling = InferSampling()
+    run: InferRun = InferRun()
 
 
 def check(config: InferConfig) -> list[str]:
     """Problems between sections, one sentence each."""
     required = {
-        "--input is required: a photograph or a folder of them": config.data.input,
-        "--output_dir is required: a folder for results": config.data.output_dir,
-        "--model is required: the folder `export` of a run, or another pipeline": config.model.model,
+        "data.input": "a photograph or a folder of them",
+        "data.output_dir": "a folder for results",
+        "model.model": "the folder `export` of a run, or another pipeline",
     }
-    problems = [sentence for sentence, value in required.items() if not value]
+    problems = tools.required(config, required)
     if config.data.crop_size == 0:
         problems.append("crop_size 0 leaves nothing of the object: give pixels, or -1 for the photograph's framing")
     return problems
@@ -149,6 +140,9 @@ class Job:
     def name(self) -> str:
         return self.output.name
 
+    def __str__(self) -> str:
+        return str(self.photo)
+
 
 def find_jobs(data: InferData) -> list[Job]:
     """All photographs, by name.
@@ -157,18 +151,9 @@ def find_jobs(data: InferData) -> list[Job]:
         FileNotFoundError: the input does not exist.
         ValueError: no photographs, two of one name, or an output that is a file.
     """
-    source, output = find_file(str(data.input), "--input"), Path(str(data.output_dir))
-    photos = [source]
-    if source.is_dir():
-        photos = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
-    if not photos:
-        raise ValueError(f"--input {source} holds no photographs: files ending in {', '.join(IMAGE_SUFFIXES)} count")
-    if output.is_file():
-        raise ValueError(f"--output_dir {output} is a file, but must be a folder")
-    twice = [name for name, count in Counter(photo.stem for photo in photos).items() if count > 1]
-    if twice:
-        files = " and ".join(str(photo) for photo in photos if photo.stem == twice[0])
-        raise ValueError(f"{files} would both be written to {output / twice[0]}: rename one")
+    photos = tools.list_images(find_file(str(data.input), "--input"), "--input")
+    output = tools.output_folder(data.output_dir)
+    tools.require_distinct(photos, [output / photo.stem for photo in photos])
     return [Job(photo, output / photo.stem) for photo in photos]
 
 
@@ -177,24 +162,13 @@ def recipe(job: Job, config: InferConfig) -> dict[str, Any]:
     data = {name: getattr(config.data, name) for name in ("crop_size", "background")}
     model = {name: value for name, value in asdict(config.model).items() if name != "cache_dir"}
     settings = data | model | asdict(config.sampling) | {"seed": config.run.seed}
-    return {"input": str(job.photo)} | json.loads(json.dumps(settings))  # tuples as they are read back
+    return {"input": str(job.photo)} | settings
 
 
 def missing(jobs: Sequence[Job], config: InferConfig) -> list[Job]:
     """Those without a result; ValueError if there is one that was made otherwise."""
-    todo = []
-    for job in jobs:
-        path = job.output / RECORD
-        if config.data.overwrite or not path.is_file():
-            todo.append(job)
-            continue
-        made = read_json(path)
-        differing = [name for name, value in recipe(job, config).items() if made.get(name) != value]
-        if differing:
-            raise ValueError(
-                f"{path} was made with another {', '.join(differing)}: give another --output_dir, or --overwrite true"
-            )
-    return todo
+    overwrite = config.data.overwrite
+    return [job for job in jobs if overwrite or not tools.is_made(job.output / RECORD, recipe(job, config))]
 
 
 # Generation -----------------------------------------------------------------------------------------------------------
@@ -270,11 +244,7 @@ def make_batch(jobs: Sequence[Job], pipeline: MVDiffusionImagePipeline, config: 
                 job.photo,
             )
         write_views(job, prepared[number], views, pipeline, config.data, masked=is_cut_out and config.data.masks)
-        record = recipe(job, config) | {"cameras": pipeline.config.cameras}
-        # Written last and at once: an object counts as made when this is there.
-        unfinished = job.output / f"{RECORD}.tmp"
-        unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(unfinished, job.output / RECORD)
+        tools.write_json(job.output / RECORD, recipe(job, config) | {"cameras": pipeline.config.cameras})
 
 
 def write_views(
@@ -302,54 +272,29 @@ def write_views(
         write_video(job.output / "turntable.mp4", turntable(views, pipeline.azimuths), data.fps)
 
 
-def attempt(jobs: Sequence[Job], pipeline: MVDiffusionImagePipeline, config: InferConfig) -> dict[Job, str]:
-    """Makes some objects; one that cannot be made does not take the others with it. Returns why each failed."""
-    try:
-        make_batch(jobs, pipeline, config)
-    except BAD_SAMPLE_ERRORS as error:
-        if len(jobs) == 1:
-            tqdm.write(f"not made: {jobs[0].photo}: {error}", file=sys.stderr)
-            return {jobs[0]: str(error)}
-        return {job: reason for one in jobs for job, reason in attempt([one], pipeline, config).items()}
-    return {}
-
-
 def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict[Job, str]:
     """Makes what is missing; returns why objects of this process went wrong."""
     jobs = find_jobs(config.data)
     todo = missing(jobs, config)
-    processes.wait_for_everyone()  # nobody writes before all have looked
-    if len(todo) < len(jobs) and processes.is_main_process:
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} objects exist and are kept; --overwrite true makes them again")
-    share = todo[processes.process_index :: processes.num_processes]
+    tools.say_kept(len(jobs) - len(todo), len(jobs), "object", processes)
+    share = tools.share_of(todo, processes)
     failures: dict[Job, str] = {}
     if share:
         pipeline = load_model(config, processes, dtype)
         require_possible(config, pipeline)
-        batch_size = config.run.batch_size
-        with tqdm(total=len(share), unit="object", disable=not processes.is_main_process) as bar:
-            for batch in (share[start : start + batch_size] for start in range(0, len(share), batch_size)):
-                failures |= attempt(batch, pipeline, config)
-                bar.update(len(batch))
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        done = sum((job.output / RECORD).is_file() for job in jobs)
-        print(f"{done} of {len(jobs)} objects are there: {config.data.output_dir}")
+        batches = tools.in_batches(share, config.run.batch_size)
+        make = partial(make_batch, pipeline=pipeline, config=config)
+        failures = tools.attempt_all(batches, make, "object", processes)
+    records = [job.output / RECORD for job in jobs]
+    tools.conclude(records, config.data.output_dir, failures, "object", processes)
     return failures
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes views as the command line says; see `--help`. Ends with status 1 if an object went wrong."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    with runtime.clear_errors():
-        accelerator, dtype = runtime.start_tool(config.run.device, config.run.mixed_precision)
-        for warning in warnings if accelerator.is_main_process else ():
-            logger.warning("%s", warning)
+    with tools.started(PARSER, argv) as (config, accelerator, dtype):
         failures = infer(config, accelerator, dtype)
-    if failures:
-        lines = "".join(f"\n  {job.photo}: {reason}" for job, reason in failures.items())
-        print(f"{len(failures)} objects went wrong:{lines}", file=sys.stderr)
-        sys.exit(1)
+    tools.exit_if(failures)
 
 
 if __name__ == "__main__":

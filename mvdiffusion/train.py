@@ -1,7 +1,6 @@
 """Training, from the command line to the exported pipeline; reads top to bottom."""
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,22 +10,21 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from common import loop, runtime
+from common import runtime, training
 from common.config import find_file, folder_or_id
-from common.data import BAD_SAMPLE_ERRORS, SamplePlan, SampleSource, rng_for
+from common.data import BAD_SAMPLE_ERRORS, SampleSource, rng_for
 from common.metrics import lpips_for_all
 from common.optim import EMA, Learner, build_adamw, lr_schedule
-from common.preflight import preflight
-from common.replay import replay
+from common.pretrained import read_json
 from common.video import IMAGE_SUFFIXES, contact_sheet, find_files
 from mvdiffusion import cache
-from mvdiffusion.config import PARSER, MVConfig, MVData, resolved
+from mvdiffusion.config import MVConfig, MVData
 from mvdiffusion.data.mvds import Layout, MultiViewDataset, Objects, RandomViews, find_objects
 from mvdiffusion.data.poses import choose_views
 from mvdiffusion.data.preparation import ClipTransform
 from mvdiffusion.media import GREY_LEVELS, prepare_photo, read_photo
 from mvdiffusion.models.components import load_feature_extractor, load_image_encoder, load_scheduler, load_vae
-from mvdiffusion.models.initialise import ConvInInit, load_unet, read_json, trainable_parameters
+from mvdiffusion.models.initialise import ConvInInit, load_unet, trainable_parameters
 from mvdiffusion.pipelines import camera_table, fixed_cameras
 from mvdiffusion.task import Frozen, MVTask
 
@@ -38,17 +36,6 @@ MEMORY_KNOBS = (
 )
 SHOWN_SAMPLES = 8
 UNET_FLAGS = ("cd_attention_mid", "cd_attention_last", "multiview_attention", "sparse_mv_attention")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    config = resolved(config)
-    with runtime.clear_errors():
-        if config.run.preflight:
-            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
-        train(config, warnings)
 
 
 def draw_samples(config: MVConfig) -> np.ndarray:
@@ -181,6 +168,27 @@ def require_trained(new: Sequence[str], trained: Mapping[str, nn.Parameter]) -> 
         )
 
 
+def load_trained_unet(config: MVConfig, latent_size: int) -> tuple[Any, dict[str, nn.Parameter]]:
+    """The UNet in training mode, and by name what the stage trains of it; ValueError as in `require_trained`."""
+    model = config.model
+    runtime.seed_model_randomness(config.run.seed, 0)
+    unet, report = load_unet(
+        folder_or_id(str(model.pretrained_unet_path or model.pretrained_model_name_or_path)),
+        unet_config=unet_settings(config) | {"sample_size": latent_size},
+        num_views=config.data.num_views,
+        conv_in_init=conv_in_init(config),
+        zero_init_joint_bias=bool(model.zero_init_joint_bias),
+        revision=model.revision,
+        cache_dir=model.cache_dir,
+    )
+    logger.info("UNet: %s", report)
+    trained = trainable_parameters(unet, model.trainable_modules or None)
+    require_trained([*report.new, *report.widened], trained)
+    if model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.train(), trained
+
+
 def parameter_groups(parameters: Mapping[str, nn.Parameter], camera_embedding_lr_mult: float) -> list[dict[str, Any]]:
     """The class embedding, which starts at random, may learn faster than the rest."""
     camera = [p for name, p in parameters.items() if "class_embedding" in name]
@@ -191,14 +199,10 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], camera_embedding_lr
 
 def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
-    config = loop.aside_if_replaying(config)
-    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-    stop = runtime.stop_signal(accelerator, config.run)
-    for warning in warnings if accelerator.is_main_process else ():
-        logger.warning("%s", warning)
-    output_dir, device = Path(config.run.output_dir), accelerator.device
+    session = training.start(config, warnings)
+    config, accelerator, stop, device = session.config, session.accelerator, session.stop, session.device
 
-    # Data: who is held out, and in what order the rest is seen.
+    # Data: who is held out, in what order the rest is seen, and where an earlier start left off.
     load = partial(load_frozen, config)
     frozen = load()
     clip = ClipTransform.of(frozen.feature_extractor)
@@ -208,64 +212,37 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
     if objects.validation and isinstance(training_set, MultiViewDataset):
         held_out = training_set.held_out(objects.validation, validation_background(config.data))
     photographs = read_photographs(config)
-    global_batch = loop.batch_of(accelerator, config)
-    loop.require_enough_items(len(training_set), config.data.batch_size, accelerator.num_processes)
-    plan = SamplePlan(len(training_set), config.run.seed, global_batch)
-
-    # The run folder, and where it was left off.
-    runtime.require_shared_folder(accelerator, output_dir)
-    fingerprint = training_set.fingerprint()
-    resume_point = loop.find_resume_point(accelerator, config, output_dir, fingerprint)
+    course = training.course_of(session, training_set)
 
     # Frozen parts in the run's precision; of the UNet, what the stage trains.
     for module in (frozen.vae, frozen.image_encoder):
         module.to(device, runtime.weight_dtype(accelerator))
-    runtime.seed_model_randomness(config.run.seed, 0)
-    bare_unet, report = load_unet(
-        folder_or_id(str(config.model.pretrained_unet_path or config.model.pretrained_model_name_or_path)),
-        unet_config=unet_settings(config) | {"sample_size": frozen.latent_shape(config.data.resolution)[-1]},
-        num_views=config.data.num_views,
-        conv_in_init=conv_in_init(config),
-        zero_init_joint_bias=bool(config.model.zero_init_joint_bias),
-        revision=config.model.revision,
-        cache_dir=config.model.cache_dir,
-    )
-    bare_unet.train()
-    trained = trainable_parameters(bare_unet, config.model.trainable_modules or None)
-    require_trained([*report.new, *report.widened], trained)
-    if config.model.gradient_checkpointing:
-        bare_unet.enable_gradient_checkpointing()
+    bare_unet, trained = load_trained_unet(config, frozen.latent_shape(config.data.resolution)[-1])
     num_views, num_domains = config.data.num_views, 2 if config.loss.pred_type == "joint" else 1
-    rows = num_views * num_domains * config.data.batch_size
-    logger.info("UNet: %s", report)
     logger.info(
         "real batch per process and micro-batch: num_views %d x %d domains x train_batch_size %d = %d rows",
-        *(num_views, num_domains, config.data.batch_size, rows),
+        *(num_views, num_domains, config.data.batch_size, num_views * num_domains * config.data.batch_size),
     )
 
     source: SampleSource = training_set
     if config.data.cache_latents and isinstance(training_set, MultiViewDataset):
+        runtime.require_shared_folder(accelerator, Path(config.data.cache_latents), "data.cache_latents")
         source = cache.build(training_set, frozen, config.data.cache_latents, accelerator, stop)
 
     # Optimizer, learning rate, moving average.
     groups = parameter_groups(trained, float(config.optim.camera_embedding_lr_mult or 1))
     optimizer = build_adamw(groups, config.optim, device)
     unet, optimizer = accelerator.prepare(bare_unet, optimizer)
-    total_steps = loop.total_steps(config.run, len(training_set), global_batch)
-    learning_rate = lr_schedule(config.optim, total_steps, global_batch)
+    learning_rate = lr_schedule(config.optim, course.total_steps, course.plan.global_batch)
     ema = EMA(bare_unet, config.optim.ema_decay, config.optim.offload_ema) if config.optim.use_ema else None
     learners = {"model": Learner(unet, optimizer, learning_rate, config.optim.max_grad_norm, ema)}
 
     # Resume, say what is about to happen, train.
-    run = loop.open_run(
-        accelerator,
-        config,
-        stop,
+    run = training.open_run(
+        session,
+        course,
         models={"unet": bare_unet},
         learners=learners,
-        num_items=len(training_set),
-        fingerprint=fingerprint,
-        resume_point=resume_point,
         tracker_arguments={"wandb": {k: v for k, v in (config.log.wandb_args or {}).items() if v is not None}},
         memory_knobs=MEMORY_KNOBS,
     )
@@ -283,9 +260,4 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
         reload_frozen=load,
         lpips=lpips_for_all("alex", config.validation.lpips_weights, accelerator),
     )
-    loader = loop.open_loader(run, source, plan)
-    if config.run.replay:
-        replay(run, task, loader, Path(config.run.replay))
-    else:
-        loop.fit(run, task, loader, learners)
-    run.end()
+    training.run_to_end(run, task, source)

@@ -71,24 +71,45 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def save_random(make: Callable[[], Any], directory: Path, seed: int, **settings: Any) -> Any:
+    """Saves the network that `make` builds, with weights that follow from `seed`, and returns it."""
+    with seeded(seed):
+        network = make()
+    network.save_pretrained(directory, **settings)
+    return network
+
+
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# gaussian_refiner: stabilityai/stable-diffusion-2-1-unclip
+def write_model_index(directory: Path, pipeline: str, parts: dict[str, Any]) -> None:
+    """`model_index.json`: the class of the pipeline, and library and class of each part."""
+    index = dict(_class_name=pipeline, _diffusers_version=diffusers.__version__, **parts)
+    write_json(directory / "model_index.json", dict(sorted(index.items())))
 
-# Neighbouring levels must differ in width, or the keys of the residual blocks' 1x1 shortcuts would be missing.
-UNCLIP_UNET = dict(
+
+# What Stable Diffusion and its relatives have in common. Neighbouring levels must differ in width, or the keys of the
+# residual blocks' 1x1 shortcuts would be missing.
+SD_UNET = dict(
     sample_size=8,
     in_channels=4,
     out_channels=4,
     down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    block_out_channels=(8, 12, 16, 16),
     layers_per_block=2,
     norm_num_groups=4,
+)
+SD_SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+TWO_LAYERS = dict(intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+CLIP_VISION = TWO_LAYERS | dict(image_size=224, patch_size=32)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gaussian_refiner: stabilityai/stable-diffusion-2-1-unclip
+
+UNCLIP_UNET = SD_UNET | dict(
+    block_out_channels=(8, 12, 16, 16),
     cross_attention_dim=16,
     attention_head_dim=(1, 2, 2, 2),  # despite its name the number of heads per level
     use_linear_projection=True,
@@ -112,38 +133,19 @@ UNCLIP_VAE = dict(
 # subtracts an image's mean over a group of channels and divides by the deviation: with the groups of one channel above
 # nothing is left of an image of one colour. One group of eight channels keeps the three colours. The keys are the same.
 UNCLIP_FITTED_VAE = UNCLIP_VAE | dict(block_out_channels=(8, 12, 16, 16), norm_num_groups=1)
-UNCLIP_TEXT_ENCODER = dict(
+UNCLIP_TEXT_ENCODER = TWO_LAYERS | dict(
     vocab_size=520,
     hidden_size=16,
-    intermediate_size=64,
     projection_dim=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
     max_position_embeddings=77,
     hidden_act="gelu",
     bos_token_id=0,
     eos_token_id=2,
     pad_token_id=1,
 )
-UNCLIP_IMAGE_ENCODER = dict(
-    hidden_size=16,
-    intermediate_size=64,
-    projection_dim=12,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=224,
-    patch_size=32,
-    hidden_act="gelu",
-)
-UNCLIP_SCHEDULER = dict(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    skip_prk_steps=True,
-    set_alpha_to_one=False,
-    steps_offset=1,
-    prediction_type="v_prediction",
+UNCLIP_IMAGE_ENCODER = CLIP_VISION | dict(hidden_size=16, projection_dim=12, hidden_act="gelu")
+UNCLIP_SCHEDULER = SD_SCHEDULE | dict(
+    skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
 )
 UNCLIP_IMAGE_NOISING_SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
 CLIP_FEATURE_EXTRACTOR = dict(
@@ -160,9 +162,7 @@ CLIP_FEATURE_EXTRACTOR = dict(
     image_mean=[0.48145466, 0.4578275, 0.40821073],
     image_std=[0.26862954, 0.26130258, 0.27577711],
 )
-UNCLIP_MODEL_INDEX = dict(
-    _class_name="StableUnCLIPImg2ImgPipeline",
-    _diffusers_version=diffusers.__version__,
+UNCLIP_PARTS = dict(
     feature_extractor=["transformers", "CLIPImageProcessor"],
     image_encoder=["transformers", "CLIPVisionModelWithProjection"],
     image_noising_scheduler=["diffusers", "DDPMScheduler"],
@@ -183,7 +183,7 @@ def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int =
     Returns `directory`.
     """
     directory = Path(directory)
-    write_json(directory / "model_index.json", UNCLIP_MODEL_INDEX)
+    write_model_index(directory, "StableUnCLIPImg2ImgPipeline", UNCLIP_PARTS)
     write_clip_tokenizer(directory / "tokenizer")
     write_json(directory / "feature_extractor" / "preprocessor_config.json", CLIP_FEATURE_EXTRACTOR)
     PNDMScheduler(**UNCLIP_SCHEDULER).save_pretrained(directory / "scheduler")
@@ -191,18 +191,19 @@ def make_refiner_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: int =
     with seeded(seed):
         text_encoder = CLIPTextModel(CLIPTextConfig(**UNCLIP_TEXT_ENCODER))
     save_clip_text_encoder(text_encoder, directory / "text_encoder")
-    with seeded(seed):
-        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**UNCLIP_IMAGE_ENCODER))
-    image_encoder.save_pretrained(directory / "image_encoder")
+    save_image_encoder(directory / "image_encoder", UNCLIP_IMAGE_ENCODER, seed)
     with seeded(seed):
         image_normalizer = StableUnCLIPImageNormalizer(UNCLIP_IMAGE_ENCODER["projection_dim"])
         nn.init.normal_(image_normalizer.mean, std=0.25)
         nn.init.uniform_(image_normalizer.std, 0.5, 1.5)
     image_normalizer.save_pretrained(directory / "image_normalizer")
-    with seeded(seed):
-        UNet2DConditionModel(**UNCLIP_UNET).save_pretrained(directory / "unet")
+    save_random(lambda: UNet2DConditionModel(**UNCLIP_UNET), directory / "unet", seed)
     save_unclip_vae(directory / "vae", seed, vae_fit_steps)
     return directory
+
+
+def save_image_encoder(directory: Path, settings: dict[str, Any], seed: int) -> None:
+    save_random(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)), directory, seed)
 
 
 def save_unclip_vae(
@@ -212,10 +213,7 @@ def save_unclip_vae(
     with seeded(seed):
         vae = AutoencoderKL(**(UNCLIP_FITTED_VAE if fit_steps else UNCLIP_VAE))
     if fit_steps:
-        with one_thread():
-            psnr_db = fit_vae(vae, fit_steps, seed, pictures=pictures() if pictures else None)
-        shown = "pictures" if pictures else "photographs"
-        print(f"VAE after {fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the {shown}")
+        fit_and_tell(vae, fit_steps, seed, pictures=pictures() if pictures else None)
     vae.save_pretrained(directory)
 
 
@@ -266,6 +264,14 @@ def write_clip_tokenizer(directory: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A VAE that reconstructs: starts as "average 8x8 pixels, then interpolate" and is fitted on photographs from there
+
+
+def fit_and_tell(vae: Any, steps: int, seed: int, **settings: Any) -> None:
+    """`fit_vae` on one thread; prints what came of it."""
+    with one_thread():
+        psnr_db = fit_vae(vae, steps, seed, **settings)
+    shown = "pictures" if settings.get("pictures") else "photographs"
+    print(f"VAE after {steps} steps: {psnr_db:.1f} dB mean PSNR on the {shown}")
 
 
 def fit_vae(
@@ -467,12 +473,9 @@ NOVA_TRANSFORMER = dict(
         dict(depth=2, embed_dim=48),
     ),
 )
-NOVA_TEXT_ENCODER = dict(
+NOVA_TEXT_ENCODER = TWO_LAYERS | dict(
     vocab_size=257,
     hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
     hidden_act="gelu_pytorch_tanh",
     max_position_embeddings=64,
     partial_rotary_factor=0.4,
@@ -515,23 +518,20 @@ def make_nova_checkpoint(directory: Path, kind: str, seed: int = 0, vae_fit_step
         else:
             vae = images.AutoencoderKL(images.AutoencoderKLConfig(**vae_size, scaling_factor=0.13025))
     if vae_fit_steps:
-        with one_thread():
-            psnr_db = fit_vae(vae, vae_fit_steps, seed, **NOVA_VAE_FIT)
-        print(f"VAE after {vae_fit_steps} steps: {psnr_db:.1f} dB mean PSNR on the photographs")
+        fit_and_tell(vae, vae_fit_steps, seed, **NOVA_VAE_FIT)
     scheduler.save_pretrained(directory / "scheduler")
     write_phi_tokenizer(directory / "tokenizer")
     text_encoder.half().save_pretrained(directory / "text_encoder", max_shard_size="64KB")  # two shards
     transformer.half().save_pretrained(directory / "transformer")
     vae.save_pretrained(directory / "vae")
-    index = dict(_class_name="NOVAPipeline", _diffusers_version=diffusers.__version__)
-    index |= dict(scheduler=["diffusers", type(scheduler).__name__], tokenizer=["transformers", "CodeGenTokenizerFast"])
+    parts = dict(scheduler=["diffusers", type(scheduler).__name__], tokenizer=["transformers", "CodeGenTokenizerFast"])
     # Modules in the folders, which the original's pipeline imports; ours reads the names of the classes alone.
     for name, part in dict(text_encoder=text_encoder, transformer=transformer, vae=vae).items():
         class_name = type(part).__name__
-        index[name] = [f"__{name}__", class_name]
+        parts[name] = [f"__{name}__", class_name]
         line = f"from {type(part).__module__} import {class_name}  # noqa: F401\n"
         (directory / name / f"__{name}__.py").write_text(line, encoding="utf-8")
-    write_json(directory / "model_index.json", dict(sorted(index.items())))
+    write_model_index(directory, "NOVAPipeline", parts)
     return directory
 
 
@@ -553,36 +553,21 @@ def write_phi_tokenizer(directory: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # mvdiffusion: lambdalabs/sd-image-variations-diffusers; its VAE is that of gaussian_refiner
 
-VARIATIONS_UNET = dict(
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+VARIATIONS_UNET = SD_UNET | dict(
     block_out_channels=(12, 16, 24, 24),
-    layers_per_block=2,
-    norm_num_groups=4,
     cross_attention_dim=32,
     attention_head_dim=2,  # despite its name the number of heads
 )
-VARIATIONS_IMAGE_ENCODER = dict(
+VARIATIONS_IMAGE_ENCODER = CLIP_VISION | dict(
     hidden_size=32,
-    intermediate_size=64,
     projection_dim=32,  # one token for the cross attention
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=224,
-    patch_size=32,
     hidden_act="quick_gelu",
 )
 # Written as it stands: a DDIM scheduler that reads it would clip samples without `clip_sample`, which PNDM leaves out.
 VARIATIONS_SCHEDULER = dict(
     _class_name="PNDMScheduler",
     _diffusers_version=diffusers.__version__,
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
+    **SD_SCHEDULE,
     clip_sample=False,
     prediction_type="epsilon",
     set_alpha_to_one=False,
@@ -591,9 +576,7 @@ VARIATIONS_SCHEDULER = dict(
     timestep_spacing="leading",
     trained_betas=None,
 )
-VARIATIONS_MODEL_INDEX = dict(
-    _class_name="StableDiffusionImageVariationPipeline",
-    _diffusers_version=diffusers.__version__,
+VARIATIONS_PARTS = dict(
     feature_extractor=["transformers", "CLIPImageProcessor"],
     image_encoder=["transformers", "CLIPVisionModelWithProjection"],
     requires_safety_checker=False,
@@ -611,14 +594,11 @@ def make_mvdiffusion_checkpoint(directory: Path, seed: int = 0, vae_fit_steps: i
     is a little wider and fitted on `object_pictures`. Returns `directory`.
     """
     directory = Path(directory)
-    write_json(directory / "model_index.json", VARIATIONS_MODEL_INDEX)
+    write_model_index(directory, "StableDiffusionImageVariationPipeline", VARIATIONS_PARTS)
     write_json(directory / "feature_extractor" / "preprocessor_config.json", CLIP_FEATURE_EXTRACTOR)
     write_json(directory / "scheduler" / "scheduler_config.json", VARIATIONS_SCHEDULER)
-    with seeded(seed):
-        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**VARIATIONS_IMAGE_ENCODER))
-    image_encoder.save_pretrained(directory / "image_encoder")
-    with seeded(seed):
-        UNet2DConditionModel(**VARIATIONS_UNET).save_pretrained(directory / "unet")
+    save_image_encoder(directory / "image_encoder", VARIATIONS_IMAGE_ENCODER, seed)
+    save_random(lambda: UNet2DConditionModel(**VARIATIONS_UNET), directory / "unet", seed)
     save_unclip_vae(directory / "vae", seed, vae_fit_steps, object_pictures)
     return directory
 
@@ -680,11 +660,7 @@ GGI_TEXT_ENCODER = dict(
     tie_word_embeddings=False,
     is_encoder_decoder=False,
 )
-GGI_SCHEDULER = dict(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
+GGI_SCHEDULER = SD_SCHEDULE | dict(
     clip_sample=False,
     set_alpha_to_one=True,
     steps_offset=0,
@@ -693,9 +669,7 @@ GGI_SCHEDULER = dict(
     rescale_betas_zero_snr=True,
     snr_shift_scale=1.0,
 )
-GGI_MODEL_INDEX = dict(
-    _class_name="CogVideoXImageToVideoPipeline",
-    _diffusers_version=diffusers.__version__,
+GGI_PARTS = dict(
     scheduler=["diffusers", "CogVideoXDPMScheduler"],
     text_encoder=["transformers", "T5EncoderModel"],
     tokenizer=["transformers", "T5Tokenizer"],
@@ -724,12 +698,11 @@ def make_ggi_checkpoint(
             16, frames 8 k + 1: of an even number of latent frames the released VAE, too, decodes three frames more.
     """
     directory = Path(directory)
-    write_json(directory / "model_index.json", GGI_MODEL_INDEX)
+    write_model_index(directory, "CogVideoXImageToVideoPipeline", GGI_PARTS)
     CogVideoXDPMScheduler(**GGI_SCHEDULER).save_pretrained(directory / "scheduler")
     write_t5_tokenizer(directory / "tokenizer")
-    with seeded(seed):
-        text_encoder = T5EncoderModel(T5Config(**GGI_TEXT_ENCODER))
-    text_encoder.save_pretrained(directory / "text_encoder", max_shard_size="64KB")  # two shards
+    two_shards = dict(max_shard_size="64KB")
+    save_random(lambda: T5EncoderModel(T5Config(**GGI_TEXT_ENCODER)), directory / "text_encoder", seed, **two_shards)
     size = dict(sample_frames=num_frames, sample_height=height_px // LATENT_PX, sample_width=width_px // LATENT_PX)
     with seeded(seed):
         transformer = CogVideoXTransformer3DModel(**(GGI_TRANSFORMER | size))

@@ -8,6 +8,7 @@ import html
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ CHART_PX = (560, 300)  # width, height
 MARGIN_PX = (62, 16, 16, 46)  # left, top, right, bottom
 LABEL_GAP_PX = 15  # least distance between two labels in a chart
 COMMAND_COLUMNS = 100
+WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|\S)+""")  # of a shell, quoted parts included
+SETTING = re.compile(r"['\"]?(--|[\w.]+=)")  # how a word begins that names what is set
 PICTURE_MIMES = {".png": "image/png", ".jpg": "image/jpeg"}
 
 STYLE = """
@@ -163,14 +166,19 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def wrapped(line: str, indent: str = "") -> str:
-    """A long command line over several lines, broken in front of flags, as a shell reads it."""
-    first, *flags = line.split(" --")
-    lines = [first]
-    for flag in flags:
-        if len(lines[-1]) + len(flag) + 5 <= COMMAND_COLUMNS:
-            lines[-1] += f" --{flag}"
+    """A long command line over several lines, broken in front of flags and key=value, as a shell reads it."""
+    settings: list[str] = []  # each with its values
+    for word in WORD.findall(line):
+        if SETTING.match(word) or not settings:
+            settings.append(word)
         else:
-            lines.append(f"  --{flag}")
+            settings[-1] += f" {word}"
+    lines = settings[:1]
+    for setting in settings[1:]:
+        if len(f"{lines[-1]} {setting} \\") <= COMMAND_COLUMNS:
+            lines[-1] += f" {setting}"
+        else:
+            lines.append(f"  {setting}")
     return " \\\n".join(indent + part for part in lines)
 
 

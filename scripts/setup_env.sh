@@ -26,8 +26,13 @@ setup_env() (
         "$python" -m venv .venv
     fi
 
-    # An editable install maps the package folders that exist when it runs, so a new folder needs a new install as well.
     stamp=.venv/installed-for.txt
+    free_gb=$(($(df -Pk . | awk 'NR == 2 { print $4 }') * 1024 / 1000000000))
+    if ! [ -e "$stamp" ] && [ "$free_gb" -lt 10 ]; then
+        echo "warning: $PWD has $free_gb GB of free disk space; a first installation needs 10 GB" >&2
+    fi
+
+    # An editable install maps the package folders that exist when it runs, so a new folder needs a new install as well.
     wanted=$(cksum pyproject.toml && ls -d */__init__.py 2>/dev/null || true)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into .venv (the first time takes some minutes)" >&2

@@ -1,6 +1,6 @@
 """Trains NOVA: `accelerate launch scripts/train.py --help` lists all settings."""
 
-from diffnext.train import main
+from diffnext.__main__ import main
 
 if __name__ == "__main__":
     main()

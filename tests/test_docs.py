@@ -23,6 +23,7 @@ from gaussian_refiner import infer as refiner_infer
 from mvdiffusion import config as mv_config
 from mvdiffusion import infer as mv_infer
 from training_ggi import config as ggi_config
+from training_ggi import export as ggi_export
 from training_ggi import infer as ggi_infer
 from vae import config as vae_config
 from vae import evaluate as vae_evaluate
@@ -46,6 +47,7 @@ PARSERS: dict[str, Parser] = {
     "training_ggi/exps/T073-000.py": ggi_config.PARSER,
     "training_ggi/prepare.py": ggi_config.PARSER,
     "training_ggi/infer.py": ggi_infer.PARSER,
+    "training_ggi/export.py": ggi_export.PARSER,
 }
 FROM_THE_ROOT = "Commands are run from the repository root"  # of a guide that lies elsewhere
 GUIDES = sorted(
@@ -196,7 +198,7 @@ def test_the_commands_that_users_know_are_documented() -> None:
             "accelerate launch train_repair_cross_attn_version.py \\\n  --train_batchsize 1",
             "did you mean train_batch_size",
         ),
-        ("python infer.py --input a --output b", "--pretrained_model_name_or_path is required"),
+        ("python infer.py --input a --output_dir b", "--model is required"),
         ("python -m gaussian_refiner.infers --input a", "infers.py does not exist"),
         ("cd nowhere && python infer.py", "nowhere does not exist"),
         ("bash scripts/nothing.sh", "scripts/nothing.sh does not exist"),

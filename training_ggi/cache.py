@@ -4,24 +4,19 @@ Training on them has the loss that it has on raw frames with the same settings.
 """
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from common.cache import Cache, digest_of_files, digest_of_weights
-from common.data import BAD_SAMPLE_ERRORS
+from common.cache import Cache, CachedItems, digest_of_files, digest_of_weights, encode_items
 from common.runtime import Processes, StopSignal
 from training_ggi.config import GGIConfig
 from training_ggi.data import SceneDataset
 from training_ggi.front_end import FrontEnd, warped_noise
 from training_ggi.task import set_seed
-
-logger = logging.getLogger(__name__)
 
 
 class FixedCuts:
@@ -51,26 +46,21 @@ class FixedCuts:
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """As `SceneDataset.sample`, and `cut`, the place among the fixed cuts."""
         place = self.draw_place(rng)
-        return {**self.dataset.item(index, self.dataset.cuts(index, self.cuts_per_scene)[place]), "cut": place}
+        return {**self.item(index, place), "cut": place}
+
+    def item(self, index: int, place: int) -> dict[str, Any]:
+        """The clip of a cut, as `SceneDataset.item`."""
+        return self.dataset.item(index, self.dataset.cuts(index, self.cuts_per_scene)[place])
 
 
-class PreparedClips:
+class PreparedClips(CachedItems[FixedCuts]):
     """A data set that reads prepared clips; it draws the same cut as `FixedCuts` does from the same rng."""
-
-    def __init__(self, clips: FixedCuts, cache: Cache, noise_sets: int | None):
-        self.clips, self.cache, self.noise_sets = clips, cache, noise_sets
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def files_of(self, index: int) -> list:
-        return self.clips.files_of(index)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """What `FrontEnd.encode` returns, for one clip; `cut`; with noise sets `noise_sets` (S, F', 16, h, w)."""
-        place = self.clips.draw_place(rng)
-        entry: Mapping[str, Any] = self.cache.load(self.clips.key_of(index, place))
-        return {**entry, "cut": place}
+        place = self.dataset.draw_place(rng)
+        key = self.dataset.key_of(index, place)
+        return {**self.entry(key, lambda: self.dataset.item(index, place)), "cut": place}
 
 
 def fingerprint(front_end: FrontEnd, config: GGIConfig, dataset: SceneDataset) -> dict[str, Any]:
@@ -104,28 +94,29 @@ def build(
         CacheError: the folder was made with other networks or settings.
         StopRequested: the run was asked to stop; what is prepared stays.
     """
-    dataset, sets = clips.dataset, config.data.noise_sets
-    cache = Cache(str(config.data.cache_latents), fingerprint(front_end, config, dataset))
-    mine = -(-(len(dataset) - processes.process_index) // processes.num_processes)  # scenes of this process
-    bar = {"desc": "preparing clips", "unit": "scene", "disable": not processes.is_main_process}
-    for index in tqdm(stop.share(len(dataset)), total=mine, **bar):
-        for place in range(clips.cuts_per_scene):
-            try:
-                key = clips.key_of(index, place)
-                if key in cache:
-                    continue
-                item = dataset.item(index, dataset.cuts(index, clips.cuts_per_scene)[place])
-            except BAD_SAMPLE_ERRORS as error:
-                logger.warning("scene %d is not prepared: %s", index, error)
-                break
-            entry = prepare(front_end, item)
-            if sets:
-                seeds = [set_seed(int(config.run.seed or 0), index, place, number) for number in range(sets)]
-                flow = entry["flow"].to(front_end.vae.device).expand(sets, *entry["flow"].shape)
-                entry["noise_sets"] = warped_noise(flow, seeds, num_latent_frames, config.loss)
-            cache.save(key, entry)
-    processes.wait_for_everyone()
-    return PreparedClips(clips, cache, sets)
+    sets = range(config.data.noise_sets or 0)
+
+    def encode(index: int, place: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
+        entry = prepare(front_end, item)
+        if sets:
+            seeds = [set_seed(int(config.run.seed or 0), index, place, number) for number in sets]
+            flow = entry["flow"].to(front_end.vae.device).expand(len(sets), *entry["flow"].shape)
+            entry["noise_sets"] = warped_noise(flow, seeds, num_latent_frames, config.loss)
+        return entry
+
+    cache = Cache(str(config.data.cache_latents), fingerprint(front_end, config, clips.dataset))
+    encode_items(
+        cache,
+        len(clips),
+        range(clips.cuts_per_scene),
+        key_of=clips.key_of,
+        read=clips.item,
+        encode=encode,
+        unit="scene",
+        processes=processes,
+        stop=stop,
+    )
+    return PreparedClips(clips, cache)
 
 
 def prepare(front_end: FrontEnd, item: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,18 +1,20 @@
 """Settings of the GGI trainer: sections, the original's spellings, checks."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from common.config import (
-    WARMED_UP,
     CheckpointConfig,
     DataConfig,
+    GuidedSamplerConfig,
+    HeldOutConfig,
+    HubModelConfig,
     LogConfig,
     OptimConfig,
     Parser,
     RunConfig,
-    ValidationConfig,
+    Schedule,
     option,
 )
 
@@ -25,15 +27,14 @@ BASE_LORA = "training_ggi/lora_models/I2V5B_final_i38800_nearest_lora_weights.sa
 
 @dataclass(frozen=True, kw_only=True)
 class GGIRun(RunConfig):
-    output_dir: str = option("log", "checkpoints, metrics, clips; shared by all nodes")
+    output_dir: str = option("log")
     seed: int | None = option(  # type: ignore[assignment]
         DEFAULT_SEED,
         f"seed of data order, cuts and every draw of the loss; null is {DEFAULT_SEED}",
         minimum=0,
         state=True,
     )
-    max_train_steps: int | None = option(10000, "optimizer steps to train; null counts epochs", minimum=1)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "autocast type; null obeys the launcher")
+    max_train_steps: int | None = option(10000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +89,11 @@ class GGIData(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GGIModel:
-    pretrained_model_name_or_path: str = option("THUDM/CogVideoX-5B-I2V", "base model: a folder or a hub id")
-    revision: str | None = option(None, "revision of the hub id")
-    variant: str | None = option(None, "weight variant, e.g. fp16")
-    cache_dir: str | None = option(None, "folder of hub downloads")
+class GGIModel(HubModelConfig):
+    pretrained_model_name_or_path: str = option(  # type: ignore[assignment]
+        "THUDM/CogVideoX-5B-I2V", "base model: a folder or a hub id"
+    )
+    variant: str | None = option(None, "weight variant of all components, e.g. fp16")
     base_lora_path: str = option(BASE_LORA, "LoRA of Go-with-the-Flow")
     train_mode: Literal["lora", "full", "base_lora"] = option(
         "lora",
@@ -104,7 +105,7 @@ class GGIModel:
     lora_alpha: float = option(
         64.0, "scale of the new LoRA times its rank", above=0, state=True, needs="train_mode=lora"
     )
-    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = option(True)
     enable_slicing: bool = option(False, "encode one clip at a time")
     enable_tiling: bool = option(True, "encode in overlapping tiles: less memory, slightly other latents")
     ignore_learned_positional_embeddings: bool = option(
@@ -129,29 +130,21 @@ class GGILoss:
 
 @dataclass(frozen=True, kw_only=True)
 class GGIOptim(OptimConfig):
-    learning_rate: float = option(5e-5, "learning rate", minimum=0)
-    lr_scheduler: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "piecewise_constant",
-    ] = option("cosine_with_restarts", "learning-rate schedule; the original ran `constant`, whatever its file said")
-    lr_warmup_steps: int = option(
-        800, "optimizer steps of linear warm-up; none with `constant`", minimum=0, needs=WARMED_UP
+    learning_rate: float = option(5e-5)
+    gradient_accumulation_steps: int = option(4)
+    adam_beta2: float = option(0.95)
+    adam_weight_decay: float = option(1e-4)
+    lr_scheduler: Schedule = option(
+        "cosine_with_restarts", "learning-rate schedule; the original ran `constant`, whatever its file said"
     )
-    gradient_accumulation_steps: int = option(4, "micro-batches per optimizer step", minimum=1)
-    adam_beta2: float = option(0.95, "AdamW beta 2", minimum=0, maximum=1)
-    adam_weight_decay: float = option(1e-4, "AdamW weight decay", minimum=0)
+    lr_warmup_steps: int = option(800)
     optimizer: Literal["adamw"] = option("adamw", "the only one")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GGICheckpoint(CheckpointConfig):
-    checkpointing_steps: int = option(150, "optimizer steps between checkpoints", minimum=1)
-    checkpoints_total_limit: int | None = option(2, "checkpoints kept; older ones go after a save", minimum=1)
+    checkpointing_steps: int = option(150)
+    checkpoints_total_limit: int | None = option(2)
     resume_from_checkpoint: str | None = option(
         "latest", "`latest` (a fresh start where there is none), a checkpoint folder, its name, or null"
     )
@@ -165,36 +158,33 @@ class GGILog(LogConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How clips are made in validation."""
-
-    num_inference_steps: int = option(30, "sampler steps", minimum=1)
-    guidance_scale: float = option(6.0, "classifier-free guidance; 1 is off and halves the cost", above=0)
+class SamplerConfig(GuidedSamplerConfig):
+    num_inference_steps: int = option(30)
+    guidance_scale: float = option(6.0)
     use_dynamic_cfg: bool = option(False, "raise guidance over the steps")
     degradation: float = option(0.5, "share of fresh noise; 0 follows the flow, 1 overlooks it", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GGIValidation(ValidationConfig, SamplerConfig):
-    validation_steps: int | None = option(500, "optimizer steps between validations; null counts epochs", minimum=1)
+class GGIValidation(HeldOutConfig, SamplerConfig):
+    validation_steps: int | None = option(500)
     validation_epochs: int | None = option(  # type: ignore[assignment]
         1, "epochs between validations; null is 1", minimum=1, needs="validation_steps=null"
     )
-    validate_at_start: bool = option(False, "validate once before the first step")
-    max_validation_items: int | None = option(None, "held-out scenes generated per validation; null is all", minimum=1)
+    validate_at_start: bool = option(False)
     fps: float = option(8.0, "frames per second of the clips", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GGIConfig:
-    run: GGIRun = field(default_factory=GGIRun)
-    data: GGIData = field(default_factory=GGIData)
-    model: GGIModel = field(default_factory=GGIModel)
-    loss: GGILoss = field(default_factory=GGILoss)
-    optim: GGIOptim = field(default_factory=GGIOptim)
-    checkpoint: GGICheckpoint = field(default_factory=GGICheckpoint)
-    log: GGILog = field(default_factory=GGILog)
-    validation: GGIValidation = field(default_factory=GGIValidation)
+    run: GGIRun = GGIRun()
+    data: GGIData = GGIData()
+    model: GGIModel = GGIModel()
+    loss: GGILoss = GGILoss()
+    optim: GGIOptim = GGIOptim()
+    checkpoint: GGICheckpoint = GGICheckpoint()
+    log: GGILog = GGILog()
+    validation: GGIValidation = GGIValidation()
 
 
 ALIASES = {
@@ -265,6 +255,7 @@ PARSER = Parser(
     aliases=ALIASES,
     ignored=IGNORED,
     check=check,
+    resolve=resolved,
     program="exps/T073-000.py",
     description="Trains the GGI module: CogVideoX-5B-I2V with flow-warped noise, two end frames and an edge condition.",
     default_yaml="configs/T073-000.yaml",

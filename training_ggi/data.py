@@ -135,7 +135,8 @@ def list_scene_names(root: Path, dataset_file: str | Path | None, image_folder: 
                 f"{IMAGE_FOLDER} below it"
             )
         return names
-    path = _locate(root, dataset_file, "data.dataset_file", "set it to null to take every scene of the folder")
+    remedy = "set it to null to take every scene of the folder, or data.data_root to what holds the data"
+    path = _locate(root, dataset_file, "data.dataset_file", remedy)
     lines = [line.strip().rstrip("/") for line in _read_text(path, "data.dataset_file").splitlines()]
     names = list(dict.fromkeys(line for line in lines if line))
     outside = [name for name in names if os.path.isabs(name) or ".." in PurePosixPath(name).parts]

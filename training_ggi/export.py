@@ -1,7 +1,7 @@
 """Converts trained weights for other programs; `--help` lists all settings.
 
-    python -m training_ggi.export --format upstream --run log --output_dir checkpoints/checkpoint-1/transformer
-    python -m training_ggi.export --format diffusers --run log/checkpoint-5000 --output_dir small
+    python -m training_ggi.export --format upstream --model log --output_dir checkpoints/checkpoint-1/transformer
+    python -m training_ggi.export --format diffusers --model log/checkpoint-5000 --output_dir small
 
 `upstream` is what the original's inference reads: the folder `transformer` with all weights, the base LoRA beside them.
 `diffusers` is the small folder that training exports: the LoRA, for `load_lora_weights`, and the input projection.
@@ -12,12 +12,13 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from common import tools
 from common.config import Parser, folder_or_id, option
 from common.runtime import clear_errors, quiet_libraries
 from training_ggi.models.base_lora import BASE_ADAPTER
@@ -35,43 +36,47 @@ class ExportData:
     format: Literal["upstream", "diffusers"] | None = option(
         None, "the original's folder with all weights, or the LoRA and the input projection; required"
     )
-    run: str | None = option(
-        None, "a run's folder (its export, else its newest checkpoint), its export or a checkpoint of it; required"
-    )
     output_dir: str | None = option(None, "folder for the result; required")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "type of the weights", needs="format=upstream")
-    use_ema: bool = option(False, "of a checkpoint take the averaged weights")
     overwrite: bool = option(False, "replace a result that is there already")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportModel:
+    model: str | None = option(
+        None, "a run's folder (its export, else its newest checkpoint), its export or a checkpoint of it; required"
+    )
     base: str | None = option(None, "base model, folder or hub id; null is what the run was trained on")
     base_lora: str | None = option(None, "LoRA of Go-with-the-Flow; null is what the run was trained on")
+    use_ema: bool = option(False, "of a checkpoint take the averaged weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    export: ExportData = field(default_factory=ExportData)
-    model: ExportModel = field(default_factory=ExportModel)
+    data: ExportData = ExportData()
+    model: ExportModel = ExportModel()
 
 
 def check(config: ExportConfig) -> list[str]:
     """Problems between sections, one sentence each."""
     required = {
-        "--format is required: upstream or diffusers": config.export.format,
-        "--run is required: a run's folder, its export or one of its checkpoints": config.export.run,
-        "--output_dir is required: a folder for the result": config.export.output_dir,
+        "data.format": "upstream or diffusers",
+        "model.model": "a run's folder, its export or one of its checkpoints",
+        "data.output_dir": "a folder for the result",
     }
-    return [sentence for sentence, value in required.items() if not value]
+    return tools.required(config, required)
 
 
 PARSER = Parser(
     ExportConfig,
     aliases={
-        "output": "export.output_dir",
+        "run": "model.model",
+        "output": "data.output_dir",
         "pretrained_model_name_or_path": "model.base",
         "base_lora_path": "model.base_lora",
+        "export.run": "model.model",
+        "export.use_ema": "model.use_ema",
+        **{f"export.{name}": f"data.{name}" for name in ("format", "output_dir", "dtype", "overwrite")},
     },
     check=check,
     program="export.py",
@@ -86,10 +91,8 @@ def export(config: ExportConfig) -> Path:
         FileNotFoundError, CheckpointError: weights are missing or damaged.
         ValueError: they cannot have this format, or there is a result already.
     """
-    wanted = config.export
-    trained = find_trained(
-        str(wanted.run), use_ema=wanted.use_ema, base=config.model.base, base_lora=config.model.base_lora
-    )
+    wanted, model = config.data, config.model
+    trained = find_trained(str(model.model), use_ema=model.use_ema, base=model.base, base_lora=model.base_lora)
     if wanted.format == "diffusers" and trained.mode == "full":
         raise ValueError(
             f"{trained.folder} holds all weights of the transformer, as train_mode full changes them: that is no LoRA. "
@@ -101,15 +104,17 @@ def export(config: ExportConfig) -> Path:
     unfinished = folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that was cut short
     unfinished.mkdir(parents=True)
-    if wanted.format == "upstream":
-        write_upstream(trained, unfinished, DTYPES[wanted.dtype])
-    else:
-        write_diffusers(trained, unfinished)
-    for old in folder.glob(f"{WEIGHTS_STEM}*"):  # shards that the new weights may not have
-        old.unlink()
-    for path in sorted(unfinished.iterdir(), reverse=True):
-        os.replace(path, folder / path.name)
-    unfinished.rmdir()
+    try:
+        if wanted.format == "upstream":
+            write_upstream(trained, unfinished, DTYPES[wanted.dtype])
+        else:
+            write_diffusers(trained, unfinished)
+        for old in folder.glob(f"{WEIGHTS_STEM}*"):  # shards that the new weights may not have
+            old.unlink()
+        for path in sorted(unfinished.iterdir(), reverse=True):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(unfinished)
     return folder
 
 
@@ -140,7 +145,7 @@ def write_diffusers(trained: Trained, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
+    config, warnings = PARSER.parse_or_exit(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     quiet_libraries()
     for warning in warnings:

@@ -1,8 +1,8 @@
 """Generates the frames between two images, along edges and motion; `--help` lists all settings.
 
-    python -m training_ggi.infer --result log --input segments --output_dir clips
-    accelerate launch -m training_ggi.infer --result log/checkpoint-5000 --input segments --output_dir clips
-    python -m training_ggi.infer --result log --first a.png --last b.png --edges edges.mp4 --flow flow.npy \\
+    python -m training_ggi.infer --model log --input segments --output_dir clips
+    accelerate launch -m training_ggi.infer --model log/checkpoint-5000 --input segments --output_dir clips
+    python -m training_ggi.infer --model log --first a.png --last b.png --edges edges.mp4 --flow flow.npy \\
         --output_dir clips
 
 `training_ggi.segments` says what a folder of segments holds. A segment starts from the last generated frame of the one
@@ -14,11 +14,8 @@ segment's name, and in a chain from the segments before; not from the number of 
 """
 
 import json
-import logging
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +23,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from common import runtime
+from common import tools
 from common.config import Parser, find_file, folder_or_id, option
-from common.data import BAD_SAMPLE_ERRORS, rng_for
+from common.data import rng_for
 from common.runtime import Processes
 from common.video import save_image, to_uint8, write_video
 from training_ggi.config import SamplerConfig
@@ -56,8 +52,6 @@ from training_ggi.segments import (
     read_segments,
 )
 from training_ggi.trained import Trained, find_trained, load_trained
-
-logger = logging.getLogger(__name__)
 
 RECORD, CLIP, LAST = "clip.json", "clip.mp4", "last.png"
 BY_FLAGS = ("first", "last", "edges", "flow", "noise")
@@ -95,7 +89,7 @@ class InferData:
 
 @dataclass(frozen=True, kw_only=True)
 class InferModel:
-    result: str | None = option(
+    model: str | None = option(
         None,
         "a run's folder (its export, else its newest checkpoint), its export, a checkpoint, or one of the "
         "original; required",
@@ -120,25 +114,26 @@ class InferSampling(SamplerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferRun:
+class InferRun(tools.ToolConfig):
     seed: int = option(42, "all random numbers of a segment follow from the seed and its name", minimum=0)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPUs if there are any")
-    mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "type of weights and activations; null is the launcher's, and without one bf16 on a GPU, fp32 on a CPU"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    data: InferData = field(default_factory=InferData)
-    model: InferModel = field(default_factory=InferModel)
-    sampling: InferSampling = field(default_factory=InferSampling)
-    run: InferRun = field(default_factory=InferRun)
+    data: InferData = InferData()
+    model: InferModel = InferModel()
+    sampling: InferSampling = InferSampling()
+    run: InferRun = InferRun()
 
 
 def check(config: InferConfig) -> list[str]:
     """Problems between sections, one sentence each."""
-    data, problems = config.data, []
+    data = config.data
+    required = {
+        "data.output_dir": "a folder for results",
+        "model.model": "the folder of a run, its export or one of its checkpoints",
+    }
+    problems = tools.required(config, required)
     by_flags = {name: getattr(data, name) for name in BY_FLAGS}
     given = [f"--{name}" for name, value in by_flags.items() if value]
     if data.input and given:
@@ -150,16 +145,14 @@ def check(config: InferConfig) -> list[str]:
                 "either --input (a folder of segments), or --first, --last, --edges and one of --flow and --noise are "
                 f"required; given are {', '.join(given) or 'none of them'}"
             )
-    if not data.output_dir:
-        problems.append("--output_dir is required: a folder for results")
-    if not config.model.result:
-        problems.append("--result is required: the folder of a run, its export or one of its checkpoints")
     return problems
 
 
 PARSER = Parser(
     InferConfig,
     aliases={
+        "result": "model.model",
+        "model.result": "model.model",
         "pretrained_model_name_or_path": "model.base",
         "base_lora_path": "model.base_lora",
         "output": "data.output_dir",
@@ -173,11 +166,9 @@ PARSER = Parser(
 # What to generate -----------------------------------------------------------------------------------------------------
 
 
-def find_chains(data: InferData) -> list[list[Segment]]:
+def find_jobs(data: InferData) -> list[list[Segment]]:
     """All segments, those together that must be generated one after another; errors as of `read_segments`."""
-    output = Path(str(data.output_dir))
-    if output.is_file():
-        raise ValueError(f"--output_dir {output} is a file, but must be a folder")
+    output = tools.output_folder(data.output_dir)
     if data.input:
         return read_segments(find_file(data.input, "--input"), output, data.chain)
     paths = {name: getattr(data, name) for name in BY_FLAGS}
@@ -212,22 +203,20 @@ def recipe(segment: Segment, prompt: str, config: InferConfig) -> dict[str, Any]
     files = {name: getattr(segment, name) for name in BY_FLAGS}
     inputs = {name: path and str(path) for name, path in (files | {"first": first_image(segment)}).items()}
     data = {name: getattr(config.data, name) for name in ("correspondence_offset_px", "fps")}
-    settings = data | asdict(config.model) | asdict(config.sampling)
+    model = asdict(config.model)
+    model = {"result": model.pop("model")} | model  # its name in the records that are there already
+    settings = data | model | asdict(config.sampling)
     return inputs | {"prompt": prompt, "seed": config.run.seed} | settings
 
 
-def is_missing(segment: Segment, prompt: str, config: InferConfig) -> bool:
-    """Whether it has no result; ValueError if it has one that was made otherwise."""
-    path = segment.output / RECORD
-    if config.data.overwrite or not path.is_file():
-        return True
-    made = json.loads(path.read_text("utf-8"))
-    differing = [name for name, value in recipe(segment, prompt, config).items() if made.get(name) != value]
-    if differing:
-        raise ValueError(
-            f"{path} was made with another {', '.join(differing)}: give another --output_dir, or --overwrite true"
-        )
-    return False
+def missing(segments: Sequence[Segment], prompts: Mapping[str, str], config: InferConfig) -> set[str]:
+    """Names of those without a result; ValueError if there is one that was made otherwise."""
+    overwrite = config.data.overwrite
+    return {
+        each.name
+        for each in segments
+        if overwrite or not tools.is_made(each.output / RECORD, recipe(each, prompts[each.name], config))
+    }
 
 
 # Generation -----------------------------------------------------------------------------------------------------------
@@ -245,14 +234,14 @@ class Generator:
     device: torch.device
 
 
-def load_generator(config: InferConfig, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> Generator:
-    """Loads all networks, the text encoder for as long as prompts need it.
+def load_model(config: InferConfig, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> Generator:
+    """All networks on their device, the text encoder for as long as prompts need it.
 
     Raises:
         FileNotFoundError, ValueError, CheckpointError: weights are missing or do not fit, or the clips' size does not.
     """
     model = config.model
-    trained = find_trained(str(model.result), use_ema=model.use_ema, base=model.base, base_lora=model.base_lora)
+    trained = find_trained(str(model.model), use_ema=model.use_ema, base=model.base, base_lora=model.base_lora)
     settings = trained.model
     base, revision, cache_dir = (
         folder_or_id(settings.pretrained_model_name_or_path),
@@ -287,6 +276,8 @@ def size_of(
 
 def generate(segment: Segment, prompt: str, generator: Generator, config: InferConfig) -> None:
     """Makes and writes one clip; ValueError or OSError if that fails."""
+    if segment.before and not (segment.before / RECORD).is_file():
+        raise ValueError(f"it goes on from {segment.before.name}, which was not made")
     (num_frames, height, width), device = generator.size, generator.device
     sampling, data = config.sampling, config.data
     latent_size = (num_frames - 1) // LATENT_FRAMES + 1, height // LATENT_PX, width // LATENT_PX
@@ -340,63 +331,37 @@ def write(segment: Segment, frames: np.ndarray, warped: Tensor, record: dict[str
         save_image(output / "frames" / f"{number:03d}.png", frame)
     if data.write_noise:
         np.save(output / NOISE, warped.permute(0, 2, 3, 1).float().cpu().numpy())  # (F', h, w, 16)
-    # Written last and at once: a segment counts as made when this is there.
-    unfinished = output / f"{RECORD}.tmp"
-    unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(unfinished, output / RECORD)
+    tools.write_json(output / RECORD, record)
 
 
 def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict[str, str]:
     """Makes what is missing; returns why segments of this process went wrong, by name."""
-    chains = find_chains(config.data)
+    chains = find_jobs(config.data)
     segments = [segment for chain in chains for segment in chain]
     prompts = read_prompts(config.data, segments)
-    todo = {segment.name for segment in segments if is_missing(segment, prompts[segment.name], config)}
-    processes.wait_for_everyone()  # nobody writes before all have looked
-    if len(todo) < len(segments) and processes.is_main_process:
-        kept = len(segments) - len(todo)
-        print(f"{kept} of {len(segments)} segments exist and are kept; --overwrite true makes them again")
+    todo = missing(segments, prompts, config)
+    tools.say_kept(len(segments) - len(todo), len(segments), "segment", processes)
     unfinished = [chain for chain in chains if any(segment.name in todo for segment in chain)]
-    share = unfinished[processes.process_index :: processes.num_processes]
+    mine = {each.name: each for chain in tools.share_of(unfinished, processes) for each in chain if each.name in todo}
     failures: dict[str, str] = {}
-    if share:
-        mine = [segment for chain in share for segment in chain if segment.name in todo]
-        generator = load_generator(config, [prompts[segment.name] for segment in mine], processes.device, dtype)
-        with tqdm(total=len(mine), unit="segment", disable=not processes.is_main_process) as bar:
-            for segment in mine:
-                failures |= attempt(segment, prompts[segment.name], generator, config)
-                bar.update()
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        done = sum((segment.output / RECORD).is_file() for segment in segments)
-        print(f"{done} of {len(segments)} segments are there: {config.data.output_dir}")
+    if mine:
+        generator = load_model(config, [prompts[name] for name in mine], processes.device, dtype)
+
+        def make(names: Sequence[str]) -> None:
+            for name in names:
+                generate(mine[name], prompts[name], generator, config)
+
+        failures = tools.attempt_all(tools.in_batches(list(mine), 1), make, "segment", processes)
+    records = [segment.output / RECORD for segment in segments]
+    tools.conclude(records, config.data.output_dir, failures, "segment", processes)
     return failures
-
-
-def attempt(segment: Segment, prompt: str, generator: Generator, config: InferConfig) -> dict[str, str]:
-    """Makes one segment; returns why it failed, if it did."""
-    try:
-        if segment.before and not (segment.before / RECORD).is_file():
-            raise ValueError(f"it goes on from {segment.before.name}, which was not made")
-        generate(segment, prompt, generator, config)
-    except BAD_SAMPLE_ERRORS as error:
-        tqdm.write(f"not made: {segment.name}: {error}", file=sys.stderr)
-        return {segment.name: str(error)}
-    return {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generates as the command line says; see `--help`. Ends with status 1 if a segment went wrong."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    with runtime.clear_errors():
-        accelerator, dtype = runtime.start_tool(config.run.device, config.run.mixed_precision)
-        for warning in warnings if accelerator.is_main_process else ():
-            logger.warning("%s", warning)
+    with tools.started(PARSER, argv) as (config, accelerator, dtype):
         failures = infer(config, accelerator, dtype)
-    if failures:
-        lines = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
-        print(f"{len(failures)} segments went wrong:{lines}", file=sys.stderr)
-        sys.exit(1)
+    tools.exit_if(failures)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Stopped and started again, it goes on with what is missing. Training would prepare the rest by itself.
 """
 
-from training_ggi.train import main
+from training_ggi.__main__ import main
 
 if __name__ == "__main__":
     main(prepare_only=True)

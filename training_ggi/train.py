@@ -1,7 +1,6 @@
 """Training, from the command line to the exported weights; reads top to bottom."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,17 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import loop, runtime
+from common import runtime, training
 from common.checkpoint import TrainedWeights
 from common.config import find_file, folder_or_id
-from common.data import SamplePlan, SampleSource, rng_for
+from common.data import SampleSource, rng_for
 from common.optim import EMA, Learner, build_adamw, lr_schedule
-from common.preflight import preflight
-from common.replay import replay
 from common.sharding import sharding_of_launcher
 from common.video import contact_sheet
 from training_ggi import cache
-from training_ggi.config import PARSER, GGIConfig, resolved
+from training_ggi.config import GGIConfig
 from training_ggi.data import Scene, SceneDataset, Scenes, read_scenes
 from training_ggi.front_end import FrontEnd
 from training_ggi.models.base_lora import read_lora_file, set_up_training
@@ -42,17 +39,6 @@ MEMORY_KNOBS = (
 SHOWN_SAMPLES, SHOWN_FRAMES = 4, 6
 HED_SETTING = "hed_weights (ControlNetHED.pth is on the Hub, in lllyasviel/Annotators; cond=precomputed does without)"
 BASE_LORA_SETTING = "base_lora_path (the file is on the Hub, in Eyeline-Labs/Go-with-the-Flow)"
-
-
-def main(argv: Sequence[str] | None = None, *, prepare_only: bool = False) -> None:
-    """Trains, or only prepares clips, as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    config = resolved(config)
-    with runtime.clear_errors():
-        if config.run.preflight:
-            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
-        train(config, warnings, prepare_only=prepare_only)
 
 
 def draw_samples(config: GGIConfig) -> np.ndarray:
@@ -91,6 +77,28 @@ def scene_dataset(config: GGIConfig, scenes: Sequence[Scene]) -> SceneDataset:
     )
 
 
+def held_out_clips(config: GGIConfig, scenes: Sequence[Scene], front_end: FrontEnd) -> HeldOut | None:
+    """What validation looks at, with its prompts encoded; None without scenes."""
+    if not scenes:
+        return None
+    return HeldOut(scene_dataset(config, scenes), [front_end.embed([scene.prompt])[0].cpu() for scene in scenes])
+
+
+def load_base(config: GGIConfig, dtype: torch.dtype) -> tuple[Any, tuple[int, int, int, int]]:
+    """The base transformer on the CPU, and the latents' shape (F', C, h, w) of a clip; ValueError for other sizes."""
+    model, data = config.model, config.data
+    transformer = load_transformer(
+        folder_or_id(model.pretrained_model_name_or_path),
+        torch_dtype=torch.float32 if model.train_mode == "full" else dtype,
+        ignore_learned_positional_embeddings=model.ignore_learned_positional_embeddings,
+        revision=model.revision,
+        variant=model.variant,
+        cache_dir=model.cache_dir,
+    )
+    num_frames, height, width = check_video_size(transformer, data.max_num_frames, data.height, data.width)
+    return transformer, (num_frames, transformer.config.out_channels, height, width)
+
+
 def load_front_end(config: GGIConfig, device: torch.device, dtype: torch.dtype) -> FrontEnd:
     """The frozen networks on the device: VAE and text encoder in the run's precision, the others in float32."""
     model, data = config.model, config.data
@@ -119,21 +127,12 @@ def write_result(config: GGIConfig, transformer: Any, directory: Path) -> None:
         save_result(transformer, directory, config.model.train_mode)
 
 
-def require_launcher(deepspeed: Any, train_mode: str) -> None:
-    """ValueError where `accelerate launch` was told to spread weights that every process needs whole.
-
-    Args:
-        deepspeed: Accelerate's plugin, or None.
-    """
+def require_launcher(train_mode: str) -> None:
+    """ValueError where `accelerate launch` was told to spread weights that every process needs whole."""
     if sharding_of_launcher() and train_mode != "full":
         raise ValueError(
             f"FSDP spreads what is trained, and train_mode {train_mode} keeps most weights frozen on every GPU: "
             "launch it with default.yaml, or set train_mode to full"
-        )
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError(
-            "launcher settings: zero_stage 3 spreads the frozen networks too, which are read whole here: set it to 2, "
-            "or launch train_mode full with accelerate_configs/fsdp2.yaml"
         )
 
 
@@ -141,58 +140,34 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
     if prepare_only and not config.data.cache_latents:
         raise ValueError("cache_latents is required to prepare clips: the folder for them; set cuts_per_scene with it")
-    config = loop.aside_if_replaying(config)
-    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-    stop = runtime.stop_signal(accelerator, config.run)
-    for warning in warnings if accelerator.is_main_process else ():
-        logger.warning("%s", warning)
-    output_dir, device, model = Path(config.run.output_dir), accelerator.device, config.model
-    require_launcher(accelerator.state.deepspeed_plugin, model.train_mode)
+    session = training.start(config, warnings)
+    config, accelerator, stop, device = session.config, session.accelerator, session.stop, session.device
+    model = config.model
+    require_launcher(model.train_mode)
     dtype = runtime.weight_dtype(accelerator)
 
-    # Data: who is held out, and in what order the rest is seen.
+    # Data: who is held out, in what order the rest is seen, and where an earlier start left off.
     scenes = listed_scenes(config)
     training_set = scene_dataset(config, scenes.train)
-    global_batch = loop.batch_of(accelerator, config)
-    loop.require_enough_items(len(training_set), config.data.batch_size, accelerator.num_processes)
-    plan = SamplePlan(len(training_set), int(config.run.seed), global_batch)
-
-    # The run folder, and where it was left off.
-    runtime.require_shared_folder(accelerator, output_dir)
-    fingerprint = training_set.fingerprint()
-    resume_point = loop.find_resume_point(accelerator, config, output_dir, fingerprint)
+    course = training.course_of(session, training_set)
 
     # The base model: sizes and LoRA are checked before the other networks are loaded.
-    base = folder_or_id(model.pretrained_model_name_or_path)
-    bare = load_transformer(
-        base,
-        torch_dtype=torch.float32 if model.train_mode == "full" else dtype,
-        ignore_learned_positional_embeddings=model.ignore_learned_positional_embeddings,
-        revision=model.revision,
-        variant=model.variant,
-        cache_dir=model.cache_dir,
-    )
-    num_latent_frames, latent_height, latent_width = check_video_size(
-        bare, config.data.max_num_frames, config.data.height, config.data.width
-    )
-    latent_shape = (num_latent_frames, bare.config.out_channels, latent_height, latent_width)
+    bare, latent_shape = load_base(config, dtype)
     base_lora = read_lora_file(find_file(model.base_lora_path, BASE_LORA_SETTING), bare)
     front_end = load_front_end(config, device, dtype)
     source: SampleSource = training_set
     if config.data.cuts_per_scene:
         source = cache.FixedCuts(training_set, config.data.cuts_per_scene)
         if config.data.cache_latents:
-            source = cache.build(source, front_end, config, num_latent_frames, accelerator, stop)
+            runtime.require_shared_folder(accelerator, Path(config.data.cache_latents), "data.cache_latents")
+            source = cache.build(source, front_end, config, latent_shape[0], accelerator, stop)
     if prepare_only:
         logger.info("clips of %d scenes are prepared in %s", len(training_set), config.data.cache_latents)
         return
 
     # What validation asks of the text encoder; it stays only where training asks for more.
     empty_prompt_embeds = front_end.embed([""])  # (1, tokens, D)
-    held_out = None
-    if scenes.validation:
-        prompts = [scene.prompt for scene in scenes.validation]
-        held_out = HeldOut(scene_dataset(config, scenes.validation), [front_end.embed([p])[0].cpu() for p in prompts])
+    held_out = held_out_clips(config, scenes.validation, front_end)
     if config.data.cache_latents:
         front_end.text_encoder = None
 
@@ -204,6 +179,7 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
     if model.gradient_checkpointing:
         bare.enable_gradient_checkpointing()
     saved = bare if model.train_mode == "full" else TrainedWeights(bare)
+    base = folder_or_id(model.pretrained_model_name_or_path)
     scheduler_config = load_scheduler_config(base, model.revision, model.cache_dir)
     constants = GGIConstants(
         alphas_cumprod(scheduler_config),
@@ -216,21 +192,16 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
     # Optimizer, learning rate, moving average.
     optimizer = build_adamw([p for p in bare.parameters() if p.requires_grad], config.optim, device)
     transformer, optimizer = accelerator.prepare(bare, optimizer)
-    total_steps = loop.total_steps(config.run, len(training_set), global_batch)
-    learning_rate = lr_schedule(config.optim, total_steps, global_batch)
+    learning_rate = lr_schedule(config.optim, course.total_steps, course.plan.global_batch)
     ema = EMA(saved, config.optim.ema_decay, config.optim.offload_ema) if config.optim.use_ema else None
     learners = {"model": Learner(transformer, optimizer, learning_rate, config.optim.max_grad_norm, ema)}
 
     # Resume, say what is about to happen, train.
-    run = loop.open_run(
-        accelerator,
-        config,
-        stop,
+    run = training.open_run(
+        session,
+        course,
         models={"transformer": saved},
         learners=learners,
-        num_items=len(training_set),
-        fingerprint=fingerprint,
-        resume_point=resume_point,
         memory_knobs=MEMORY_KNOBS,
     )
     task = GGITask(
@@ -248,9 +219,4 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
         stop,
         write_result=partial(write_result, config, bare),
     )
-    loader = loop.open_loader(run, source, plan)
-    if config.run.replay:
-        replay(run, task, loader, Path(config.run.replay))
-    else:
-        loop.fit(run, task, loader, learners)
-    run.end()
+    training.run_to_end(run, task, source)

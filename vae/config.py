@@ -2,11 +2,9 @@
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from common.config import (
     CheckpointConfig,
@@ -14,8 +12,8 @@ from common.config import (
     LogConfig,
     OptimConfig,
     Parser,
+    PicturesConfig,
     RunConfig,
-    ValidationConfig,
     option,
 )
 
@@ -29,19 +27,17 @@ class VaeRun(RunConfig):
     output_dir: str | None = option(
         None, "run folder; null is <ckpt_dir>/<exp_name>-lr<lr>-bs<batch>-rs<resolution>-sr<sample_rate>-fr<num_frames>"
     )
-    seed: int = option(1234, "seed of data order, clips and every draw of the loss", minimum=0, state=True)
-    num_train_epochs: int = option(
-        10, "passes over the data, where max_train_steps is not given", minimum=1, needs="max_train_steps=null"
-    )
+    seed: int = option(1234)
+    num_train_epochs: int = option(10)
     mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "autocast type; null obeys `accelerate launch`, and without it is bf16 on a GPU, fp32 on a CPU"
+        None, "autocast type, no or fp32 for none; null obeys the launcher, and where that says no is bf16 on a GPU"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeData(DataConfig):
     batch_size: int = option(1, "clips per process and micro-batch; also those of one BatchNorm statistic", minimum=1)
-    num_workers: int = option(4, "loader processes per process; 0 loads in the training process", minimum=0)
+    num_workers: int = option(4)
     video_path: str | None = option(None, "folder of training videos, searched recursively; required")
     allow_list: str | None = option(None, "file with the paths of the videos to use, as scripts/doctor.py writes it")
     num_frames: int = option(17, "frames per clip, 4 n + 1 (8 n + 1 for the 8x models)", minimum=1)
@@ -104,7 +100,7 @@ class VaeLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class VaeOptim(OptimConfig):
-    learning_rate: float = option(1e-5, "learning rate of both optimizers", minimum=0)
+    learning_rate: float = option(1e-5, "base learning rate, of both optimizers", minimum=0)
     adam_weight_decay: float = option(1e-4, "AdamW weight decay of all parameters", minimum=0)
     max_grad_norm: float = option(1e5, "gradients are scaled down to this norm, per network; 0 is off", minimum=0)
     ema_decay: float = option(0.999, "decay of the moving average, constant", minimum=0, maximum=1, needs="use_ema")
@@ -129,14 +125,16 @@ class VaeCheckpoint(CheckpointConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VaeLog(LogConfig):
-    report_to: str = option("wandb", "tracker(s), comma-separated: tensorboard, wandb, ..., all or none")
-    tracker_project_name: str = option("causalvideovae", "project in the tracker; the environment's WANDB_PROJECT wins")
-    log_every_steps: int = option(5, "optimizer steps between lines of metrics.jsonl", minimum=1)
+    report_to: str = option("wandb")
+    tracker_project_name: str = option(
+        "causalvideovae", "project name in the tracker; the environment's WANDB_PROJECT wins"
+    )
+    log_every_steps: int = option(5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeValidation(ValidationConfig):
-    validation_steps: int | None = option(1000, "optimizer steps between validations; null counts epochs", minimum=1)
+class VaeValidation(PicturesConfig):
+    validation_steps: int | None = option(1000)
     eval_video_path: str | None = option(None, "folder of validation videos; null skips validation")
     eval_num_frames: int = option(17, "first frames of each validation clip", minimum=1, needs="eval_video_path")
     eval_resolution: int = option(
@@ -158,14 +156,14 @@ class VaeValidation(ValidationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VaeConfig:
-    run: VaeRun = field(default_factory=VaeRun)
-    data: VaeData = field(default_factory=VaeData)
-    model: VaeModel = field(default_factory=VaeModel)
-    loss: VaeLoss = field(default_factory=VaeLoss)
-    optim: VaeOptim = field(default_factory=VaeOptim)
-    checkpoint: VaeCheckpoint = field(default_factory=VaeCheckpoint)
-    log: VaeLog = field(default_factory=VaeLog)
-    validation: VaeValidation = field(default_factory=VaeValidation)
+    run: VaeRun = VaeRun()
+    data: VaeData = VaeData()
+    model: VaeModel = VaeModel()
+    loss: VaeLoss = VaeLoss()
+    optim: VaeOptim = VaeOptim()
+    checkpoint: VaeCheckpoint = VaeCheckpoint()
+    log: VaeLog = VaeLog()
+    validation: VaeValidation = VaeValidation()
 
 
 ALIASES = {
@@ -205,19 +203,18 @@ def check(config: VaeConfig) -> list[str]:
 
 def resolved(config: VaeConfig) -> VaeConfig:
     """The same settings with the run folder's name, the precision and the tracker's project filled in."""
+    from common.runtime import half_by_default  # with PyTorch, which --help does without
+
     run, data = config.run, config.data
     name = f"{run.exp_name}-lr{config.optim.learning_rate:.2e}-bs{data.batch_size}-rs{data.resolution}"
     name += f"-sr{data.sample_rate}-fr{data.num_frames}"
-    precision = run.mixed_precision
-    if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        precision = "bf16" if torch.accelerator.is_available() else "no"
     project = os.environ.get("WANDB_PROJECT", config.log.tracker_project_name)
     return dataclasses.replace(
         config,
         run=dataclasses.replace(
             run,
             output_dir=run.output_dir or str(Path(run.ckpt_dir) / name),
-            mixed_precision="no" if precision == "fp32" else precision,
+            mixed_precision=half_by_default(run.mixed_precision),
         ),
         log=dataclasses.replace(config.log, tracker_project_name=project),
     )
@@ -227,6 +224,7 @@ PARSER = Parser(
     VaeConfig,
     aliases=ALIASES,
     check=check,
+    resolve=resolved,
     program="train_ddp.py",
     description="Trains a video autoencoder (WFVAE, CausalVAE) with reconstruction, LPIPS, KL, wavelet and GAN losses.",
 )

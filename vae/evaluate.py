@@ -15,19 +15,20 @@ from, or with the one of the same path but for the suffix. Every video counts th
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common import runtime
+from common import runtime, tools
 from common.config import Parser, option
-from common.metrics import SSIM_WINDOW_PX, Lpips, flicker, psnr, ssim
+from common.metrics import SSIM_WINDOW_PX, Lpips, flicker, lpips_for_all, psnr, ssim
+from common.runtime import Processes
 from common.video import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -40,18 +41,7 @@ from common.video import (
 from vae import fvd
 from vae.data import eval_transform, is_image, valid_frame_indices
 from vae.fvd import FvdMethod
-from vae.reconstruct import (
-    METRICS_FILE,
-    ORIGIN,
-    SETTINGS,
-    SHOWN_NAMES,
-    SIDE_BY_SIDE,
-    ComputeConfig,
-    read_ahead,
-    read_rows,
-    start,
-    write_json,
-)
+from vae.reconstruct import METRICS_FILE, ORIGIN, SETTINGS, SIDE_BY_SIDE, read_ahead, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -107,22 +97,19 @@ class MetricConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceConfig:
-    device: Literal["auto", "cpu", "cuda"] | None = option(None, "auto (or null) takes the GPUs if there are any")
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    data: PairsConfig = field(default_factory=PairsConfig)
-    metric: MetricConfig = field(default_factory=MetricConfig)
-    run: DeviceConfig = field(default_factory=DeviceConfig)
+    data: PairsConfig = PairsConfig()
+    metric: MetricConfig = MetricConfig()
+    run: tools.DeviceConfig = tools.DeviceConfig()
 
 
 def check(config: EvaluateConfig) -> list[str]:
     """Problems between sections, one sentence each."""
-    data = config.data
-    required = {"--real_video_dir": data.real_video_dir, "--generated_video_dir": data.generated_video_dir}
-    return [f"{name} is required" for name, value in required.items() if not value]
+    required = {
+        "data.real_video_dir": "folder of the real videos",
+        "data.generated_video_dir": "folder of the generated videos",
+    }
+    return tools.required(config, required)
 
 
 PARSER = Parser(
@@ -178,10 +165,9 @@ def find_pairs(data: PairsConfig) -> list[Pair]:
         else:
             pairs.append(Pair(name.as_posix(), real_root / found, root / name))
     if missing:
-        shown = ", ".join(missing[:SHOWN_NAMES]) + (", ..." if len(missing) > SHOWN_NAMES else "")
         raise FileNotFoundError(
             f"{len(missing)} of {len(missing) + len(pairs)} videos of {root} have no counterpart of the same path in "
-            f"--real_video_dir {real_root}: {shown}"
+            f"--real_video_dir {real_root}: {tools.first_few(missing)}"
         )
     return pairs
 
@@ -255,20 +241,18 @@ class Measuring:
         return torch.cat([row, *(self.features(clip[None])[0].double() for clip in (generated, real))])
 
 
-def measuring(config: EvaluateConfig, num_pairs: int, accelerator: Any) -> Measuring:
+def measuring(config: EvaluateConfig, num_pairs: int, processes: Processes) -> Measuring:
     """Loads what the metrics need; FvdUnavailable or LpipsUnavailable say what is missing."""
     names, metric = config.metric.names, config.metric
     smallest = min(config.data.resolution, config.data.crop_size or config.data.resolution)
     if "ssim" in names and smallest < SSIM_WINDOW_PX:
         raise ValueError(f"ssim needs frames of at least {SSIM_WINDOW_PX} px, got {smallest}: raise --resolution")
     lpips, features = None, None
-    for turn in (True, False) if "lpips" in names else ():  # the main process downloads first
-        if accelerator.is_main_process is turn:
-            lpips = Lpips.load("alex", metric.lpips_weights, accelerator.device, spatial=True)
-        accelerator.wait_for_everyone()
+    if "lpips" in names:
+        lpips = lpips_for_all("alex", metric.lpips_weights, processes, spatial=True, required=True)
     if "fvd" in names:
         fvd.check_set(num_pairs, config.data.num_frames)
-        features = fvd.load_features(metric.fvd_method, metric.i3d_weights, accelerator.device)
+        features = fvd.load_features(metric.fvd_method, metric.i3d_weights, processes.device)
     return Measuring(names, lpips, features)
 
 
@@ -276,39 +260,38 @@ def measuring(config: EvaluateConfig, num_pairs: int, accelerator: Any) -> Measu
 
 
 def measure_all(
-    config: EvaluateConfig, pairs: Sequence[Pair], measure: Measuring, accelerator: Any
+    config: EvaluateConfig, pairs: Sequence[Pair], measure: Measuring, processes: Processes
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measures all pairs, shared over the processes.
 
     Returns, on all of them, float64 (N, width) and bool (N,): whether a pair could be read.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
     table = torch.zeros(len(pairs), measure.width + 1, dtype=torch.float64)  # the last column: measured
     read = partial(read_pair, config.data, real_sample_rate(config.data), pairs)
-    share = range(rank, len(pairs), world)
+    share = tools.share_of(range(len(pairs)), processes)
     samples = read_ahead(read, share, config.data.num_workers)
-    for index, clips, reason in tqdm(samples, total=len(share), unit="pair", disable=not accelerator.is_main_process):
+    for index, clips, reason in tqdm(samples, total=len(share), unit="pair", disable=not processes.is_main_process):
         if clips is None:
             tqdm.write(f"skipped {pairs[index].name}: {reason}", file=sys.stderr)
             continue
-        row = measure(*(clip.to(accelerator.device) for clip in clips))
+        row = measure(*(clip.to(processes.device) for clip in clips))
         table[index] = torch.cat([row.cpu(), torch.ones(1, dtype=torch.float64)])
     # Every row is zero on all processes but one, so that their sum is the table, whatever the number of processes.
-    table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
+    table = processes.reduce(table.to(processes.device), "sum").cpu()
     return table[:, :-1].numpy(), table[:, -1].numpy() > 0
 
 
-def evaluate(config: EvaluateConfig, accelerator: Any) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, processes: Processes) -> dict[str, Any]:
     """The metrics of a folder, on all processes; the main one writes them into it.
 
     Raises:
         ValueError, FileNotFoundError, FvdUnavailable, LpipsUnavailable: something is missing; says what.
     """
     pairs = find_pairs(config.data)
-    measure = measuring(config, len(pairs), accelerator)
-    if config.data.sample_rate != real_sample_rate(config.data) and accelerator.is_main_process:
+    measure = measuring(config, len(pairs), processes)
+    if config.data.sample_rate != real_sample_rate(config.data) and processes.is_main_process:
         logger.info("%s is read frame by frame: step 1 has sampled it already", config.data.real_video_dir)
-    table, is_read = measure_all(config, pairs, measure, accelerator)
+    table, is_read = measure_all(config, pairs, measure, processes)
     if not is_read.any():
         raise ValueError(f"none of the {len(pairs)} pairs can be measured; the reasons are above")
     means = dict(zip(measure.names, table[is_read].mean(axis=0).tolist(), strict=False))
@@ -325,8 +308,8 @@ def evaluate(config: EvaluateConfig, accelerator: Any) -> dict[str, Any]:
     result = {"num_videos": len(videos), "skipped": skipped, "mean": means, "videos": videos}
     settings = {**asdict(config.data), **asdict(config.metric), "real_sample_rate": real_sample_rate(config.data)}
     result |= {"settings": settings, "versions": runtime.versions()}
-    if accelerator.is_main_process:
-        write_json(result_path(config), result)
+    if processes.is_main_process:
+        tools.write_json(result_path(config), result)
     return result
 
 
@@ -351,11 +334,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compares as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    with runtime.clear_errors():
-        accelerator = start(ComputeConfig(device=config.run.device or "auto", mixed_precision="no"))
-        for warning in warnings if accelerator.is_main_process else ():
-            logger.warning("%s", warning)
+    with tools.started(PARSER, argv) as (config, accelerator, _):
         result = evaluate(config, accelerator)
         if accelerator.is_main_process:
             skipped = result["skipped"]

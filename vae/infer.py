@@ -1,7 +1,7 @@
 """Reconstructs an image, a video of any length, or a folder of both; `--help` lists all settings.
 
-    python infer.py --from_pretrained ckpt --input a.mp4 --output b.mp4
-    python infer.py --from_pretrained ckpt --input test_video --latent_stats --height 256 --width 256
+    python infer.py --model ckpt --input a.mp4 --output_dir b.mp4
+    python infer.py --model ckpt --input test_video --latent_stats --height 256 --width 256
 
 Videos are read, reconstructed and written piece by piece, in memory that does not grow with their length, where the
 model allows it (WFVAE with layer norm); other models take a video whole. `--latent_stats` measures the latents' mean
@@ -9,10 +9,8 @@ and standard deviation instead, by which a diffusion model normalises them.
 """
 
 import json
-import logging
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from common import runtime
+from common import tools
 from common.config import Parser, find_file, option
-from common.data import BAD_SAMPLE_ERRORS, draw_normal
+from common.data import draw_normal
+from common.runtime import Processes
 from common.video import IMAGE_SUFFIXES, clip_writer, load_image, probe_video, read_frames, save_image
 from vae.data import center_crop_resize, is_image, list_videos, resize_and_crop, to_uint8_frames
 from vae.models.posterior import DiagonalGaussian
-from vae.reconstruct import ComputeConfig, WeightsConfig, load_vae, output_names, start, write_json
-
-logger = logging.getLogger(__name__)
+from vae.reconstruct import WEIGHTS_ALIASES, WeightsConfig, autocast, load_vae, output_names
 
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv")  # that can hold H.264
 
@@ -41,8 +37,8 @@ CLIP_SUFFIXES = (".mp4", ".mov", ".mkv")  # that can hold H.264
 @dataclass(frozen=True, kw_only=True)
 class InferData:
     input: str | None = option(None, "an image, a video, or a folder of them, searched recursively; required")
-    output: str | None = option(
-        None, "a file (for one input) or a folder; required. With latent_stats: a .json file, optional"
+    output_dir: str | None = option(
+        None, "a folder, or for one input a file; required. With latent_stats: a .json file, optional"
     )
     num_frames: int | None = option(None, "only the first so many frames of a video; null is all", minimum=1)
     sample_rate: int = option(1, "take every so-manieth frame", minimum=1)
@@ -54,7 +50,7 @@ class InferData:
     fps: float | None = option(None, "frames per second of the output; null is the input's / sample_rate", above=0)
     crf: int = option(10, "quality of H.264, 0 (best) ... 51", minimum=0, maximum=51, needs="lossless=False")
     lossless: bool = option(False, "keep every pixel (H.264 in RGB: large files that not all players show)")
-    overwrite: bool = option(False, "do again what is there already; otherwise existing outputs are kept")
+    overwrite: bool = option(False, "make again what is there already; otherwise existing results are kept")
     latent_stats: bool = option(False, "measure the latents' mean and standard deviation per channel, write no videos")
 
     def __post_init__(self) -> None:
@@ -65,7 +61,7 @@ class InferData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferRun(ComputeConfig):
+class InferRun(tools.ToolConfig):
     chunk_frames: int = option(16, "frames read and passed on at once; the result does not depend on it", minimum=1)
     sample_posterior: bool = option(False, "decode a sample of the posterior, as the original did, not its mode")
     seed: int = option(0, "of that sample", minimum=0, needs="sample_posterior")
@@ -73,28 +69,36 @@ class InferRun(ComputeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    data: InferData = field(default_factory=InferData)
-    model: WeightsConfig = field(default_factory=WeightsConfig)
-    run: InferRun = field(default_factory=InferRun)
+    data: InferData = InferData()
+    model: WeightsConfig = WeightsConfig()
+    run: InferRun = InferRun()
 
 
 def check(config: InferConfig) -> list[str]:
     """Problems between sections, one sentence each."""
-    data, problems = config.data, []
-    if not data.input:
-        problems.append("--input is required: an image, a video, or a folder of them")
-    if not data.output and not data.latent_stats:
-        problems.append("--output is required: a file (for one input) or a folder")
-    if data.latent_stats and data.output and not data.output.endswith(".json"):
-        problems.append(f"--output {data.output} must end in .json with --latent_stats")
-    if not config.model.from_pretrained:
-        problems.append("--from_pretrained is required: a folder with weights, or a .ckpt file")
+    data = config.data
+    required = {
+        "data.input": "an image, a video, or a folder of them",
+        "model.model": "a folder with weights, or a .ckpt file",
+    }
+    if not data.latent_stats:
+        required["data.output_dir"] = "a folder, or for one input a file"
+    problems = tools.required(config, required)
+    if data.latent_stats and data.output_dir and not data.output_dir.endswith(".json"):
+        problems.append(f"--output_dir {data.output_dir} must end in .json with --latent_stats")
     return problems
 
 
 PARSER = Parser(
     InferConfig,
-    aliases={"video_path": "data.input", "image_path": "data.input", "rec_path": "data.output"},
+    aliases={
+        **WEIGHTS_ALIASES,
+        "video_path": "data.input",
+        "image_path": "data.input",
+        "rec_path": "data.output_dir",
+        "output": "data.output_dir",
+        "data.output": "data.output_dir",
+    },
     check=check,
     program="infer.py",
     description="Reconstructs images and videos with a video autoencoder.",
@@ -112,6 +116,9 @@ class Job:
     source: Path
     output: Path
 
+    def __str__(self) -> str:
+        return str(self.source)
+
 
 def find_jobs(data: InferData) -> list[Job]:
     """The inputs, in order, and where their results go.
@@ -120,7 +127,7 @@ def find_jobs(data: InferData) -> list[Job]:
         FileNotFoundError: the input does not exist.
         ValueError: no inputs, or outputs that cannot be.
     """
-    source, output = find_file(str(data.input), "--input"), Path(str(data.output))
+    source, output = find_file(str(data.input), "--input"), Path(str(data.output_dir))
     if data.latent_stats:
         paths = list_videos(source, images=True) if source.is_dir() else [source]
         return [Job(number, path, output) for number, path in enumerate(paths)]
@@ -129,14 +136,14 @@ def find_jobs(data: InferData) -> list[Job]:
             output = output / output_names([source.name])[0]
         suffixes = IMAGE_SUFFIXES if is_image(source) else CLIP_SUFFIXES
         if output.suffix.lower() not in suffixes:
-            raise ValueError(f"--output {output} must end in one of {', '.join(suffixes)}, or be a folder")
+            raise ValueError(f"--output_dir {output} must end in one of {', '.join(suffixes)}, or be a folder")
         if output.resolve() == source.resolve():
-            raise ValueError(f"--output {output} would overwrite the input: choose another name")
+            raise ValueError(f"--output_dir {output} would overwrite the input: choose another name")
         return [Job(0, source, output)]
     if output.is_file() or output.suffix.lower() in (*IMAGE_SUFFIXES, *CLIP_SUFFIXES):
-        raise ValueError(f"--output {output} must be a folder, because --input {source} is one")
+        raise ValueError(f"--output_dir {output} must be a folder, because --input {source} is one")
     if output.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"--output {output} lies in --input {source}: choose a folder beside it")
+        raise ValueError(f"--output_dir {output} lies in --input {source}: choose a folder beside it")
     paths = list_videos(source, images=True)
     names = output_names([path.relative_to(source).as_posix() for path in paths])
     return [Job(number, path, output / name) for number, (path, name) in enumerate(zip(paths, names, strict=True))]
@@ -181,6 +188,12 @@ def read_pixels(path: Path, indices: Sequence[int], data: InferData) -> Tensor:
     return frames.transpose(0, 1).float() / 127.5 - 1
 
 
+def missing(jobs: Sequence[Job], config: InferConfig) -> list[Job]:
+    """Those without a result; with latent_stats all."""
+    makes_all = config.data.latent_stats or config.data.overwrite
+    return [job for job in jobs if makes_all or not job.output.exists()]
+
+
 # Through the model, piece by piece ------------------------------------------------------------------------------------
 
 
@@ -215,12 +228,11 @@ class Reconstructor:
     """An autoencoder that takes inputs of any size and length.
 
     Args:
-        model: on `accelerator.device`.
-        accelerator: whose precision is used.
+        model: on `device`.
     """
 
-    def __init__(self, config: InferConfig, model: Any, accelerator: Any) -> None:
-        self.config, self.model, self.accelerator = config, model, accelerator
+    def __init__(self, config: InferConfig, model: Any, device: torch.device) -> None:
+        self.config, self.model, self.device = config, model, device
         self.streams = can_stream(model)
 
     def frames(self, clip: Clip, number: int) -> Iterator[np.ndarray]:
@@ -248,7 +260,7 @@ class Reconstructor:
         step = self.config.run.chunk_frames
         parts = (indices[first : first + step] for first in range(0, len(indices), step))
         pixels = (read_pixels(clip.path, part, self.config.data)[None, ..., :height, :width] for part in parts)
-        chunks = padded((part.to(self.accelerator.device) for part in pixels), spatial, temporal)
+        chunks = padded((part.to(self.device) for part in pixels), spatial, temporal)
         if self.streams:
             yield from self.model.encode_chunks(chunks)
         else:
@@ -317,65 +329,59 @@ def stats_table(stats: dict[str, list[float]]) -> str:
 # The job --------------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: Sequence[Job], config: InferConfig, accelerator: Any) -> tuple[dict[Job, str], dict[str, Any]]:
-    """This process's share of the jobs: why each failed one failed; and the statistics of all, with latent_stats."""
+def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict[Job, str]:
+    """Reconstructs what is missing, or measures the latents; returns why inputs of this process went wrong."""
     data = config.data
-    model, _ = load_vae(config.model, accelerator.device)
-    reconstructor = Reconstructor(config, model, accelerator)
-    sums = torch.zeros(4, model.latent_channels, dtype=torch.float64)
-    share = jobs[accelerator.process_index :: accelerator.num_processes]
-    failures: dict[Job, str] = {}
-    for job in tqdm(share, unit="input", disable=not accelerator.is_main_process or len(share) == 1):
-        try:
-            with torch.inference_mode(), accelerator.autocast():
-                if data.latent_stats:
-                    sums += latent_sums(job, reconstructor)
-                else:
-                    reconstruct(job, reconstructor)
-        except BAD_SAMPLE_ERRORS as error:
-            failures[job] = getattr(error, "reason", str(error))
-    accelerator.wait_for_everyone()
-    if not data.latent_stats:
-        return failures, {}
-    sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-    if not sums[0].any():
-        raise ValueError(f"none of the {len(jobs)} inputs can be used: {next(iter(failures.values()), 'see above')}")
-    return failures, {"num_latents": int(sums[0, 0]), **stats_of(sums)}
-
-
-def infer(config: InferConfig, accelerator: Any) -> dict[Job, str]:
-    """Reconstructs what is not there yet, or measures the latents; returns why inputs of this process went wrong."""
-    data, main = config.data, accelerator.is_main_process
     jobs = find_jobs(data)
-    todo = [job for job in jobs if data.latent_stats or data.overwrite or not job.output.exists()]
-    accelerator.wait_for_everyone()  # nobody writes before all have looked
-    if len(todo) < len(jobs) and main:
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist and are kept; --overwrite makes them again")
-    failures, stats = run_jobs(todo, config, accelerator) if todo else ({}, {})
-    if stats and main:
-        print(stats_table(stats))
-        shown = json.dumps({name: stats[name] for name in ("scale", "shift")})
-        print(f"a diffusion model takes (latent - shift) * scale: {shown}")
-        if data.output:
-            write_json(Path(data.output), stats | {"settings": vars(data) | vars(config.model)})
-    elif main:
-        done = sum(job.output.exists() for job in jobs)
-        print(f"{done} of {len(jobs)} inputs are reconstructed: {data.output}")
+    todo = missing(jobs, config)
+    tools.say_kept(len(jobs) - len(todo), len(jobs), "input", processes)
+    share = tools.share_of(todo, processes)
+    failures: dict[Job, str] = {}
+    if data.latent_stats or share:
+        model, _ = load_vae(config.model, processes.device)
+        reconstructor = Reconstructor(config, model, processes.device)
+        sums = torch.zeros(4, model.latent_channels, dtype=torch.float64)
+
+        def make(jobs: Sequence[Job]) -> None:
+            with torch.inference_mode(), autocast(processes.device, dtype):
+                for job in jobs:
+                    if data.latent_stats:
+                        sums.add_(latent_sums(job, reconstructor))
+                    else:
+                        reconstruct(job, reconstructor)
+
+        failures = tools.attempt_all(tools.in_batches(share, 1), make, "input", processes)
+        if data.latent_stats:
+            conclude_stats(sums, config, len(jobs), failures, processes)
+            return failures
+    tools.conclude([job.output for job in jobs], data.output_dir, failures, "input", processes)
     return failures
+
+
+def conclude_stats(
+    sums: Tensor, config: InferConfig, num_jobs: int, failures: Mapping[Job, str], processes: Processes
+) -> None:
+    """Prints and writes the statistics of all processes; ValueError if there are none."""
+    tools.say_failures(failures, "input", processes)
+    sums = processes.reduce(sums.to(processes.device), "sum").cpu()
+    if not sums[0].any():
+        raise ValueError(f"none of the {num_jobs} inputs can be used: {next(iter(failures.values()), 'see above')}")
+    stats = {"num_latents": int(sums[0, 0]), **stats_of(sums)}
+    if processes.is_main_process:
+        shown = json.dumps({name: stats[name] for name in ("scale", "shift")})
+        print(f"{stats_table(stats)}\na diffusion model takes (latent - shift) * scale: {shown}")
+        if config.data.output_dir:
+            settings = vars(config.data) | vars(config.model)
+            for name, first_name in (("output_dir", "output"), ("model", "from_pretrained")):
+                settings[first_name] = settings.pop(name)  # the file's names, which flags have outgrown
+            tools.write_json(Path(config.data.output_dir), stats | {"settings": settings})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reconstructs as the command line says; see `--help`. Ends with status 1 if an input went wrong."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    with runtime.clear_errors():
-        accelerator = start(config.run)
-        for warning in warnings if accelerator.is_main_process else ():
-            logger.warning("%s", warning)
-        failures = infer(config, accelerator)
-    if failures:
-        lines = "".join(f"\n  {job.source}: {reason}" for job, reason in failures.items())
-        print(f"{len(failures)} inputs went wrong:{lines}", file=sys.stderr)
-        sys.exit(1)
+    with tools.started(PARSER, argv) as (config, accelerator, dtype):
+        failures = infer(config, accelerator, dtype)
+    tools.exit_if(failures)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ Files appear whole. The same command again continues where it was interrupted, w
 """
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import chain, count
@@ -34,9 +32,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from common import runtime
+from common import runtime, tools
 from common.checkpoint import MANIFEST, listed, newest_valid
-from common.config import Parser, RunConfig, find_file, option
+from common.config import Parser, find_file, option
 from common.data import BAD_SAMPLE_ERRORS
 from common.metrics import flicker, psnr, ssim
 from common.runtime import Processes
@@ -45,13 +43,10 @@ from vae import upstream
 from vae.data import EvalClips, is_image, list_videos, to_uint8_frames
 from vae.models.load import load_model
 
-logger = logging.getLogger(__name__)
-
 ORIGIN, SIDE_BY_SIDE = "origin", "side_by_side"
 SETTINGS, METRICS_FILE, SKIPPED_FILE, SUMMARY = "settings.json", "metrics.jsonl", "skipped.jsonl", "summary.json"
 METRICS = ("psnr", "ssim", "flicker")
 SHOWN_NAMES = 5
-WAIT_S = 24 * 3600
 T = TypeVar("T")
 
 
@@ -88,7 +83,7 @@ class ClipsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    from_pretrained: str | None = option(
+    model: str | None = option(
         None, "folder with config.json and weights, a training run or one of its checkpoints, or a .ckpt file; required"
     )
     model_name: Literal["WFVAE", "CausalVAE", "WFVAE2"] | None = option(None, "network; null is what config.json says")
@@ -108,33 +103,27 @@ class FilesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPUs if there are any")
-    mixed_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "autocast type; null is the launcher's, and without one bf16 on a GPU, fp32 on a CPU"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReconstructConfig:
-    data: ClipsConfig = field(default_factory=ClipsConfig)
-    model: WeightsConfig = field(default_factory=WeightsConfig)
-    files: FilesConfig = field(default_factory=FilesConfig)
-    run: ComputeConfig = field(default_factory=ComputeConfig)
+    data: ClipsConfig = ClipsConfig()
+    model: WeightsConfig = WeightsConfig()
+    files: FilesConfig = FilesConfig()
+    run: tools.ToolConfig = tools.ToolConfig()
 
 
 def check(config: ReconstructConfig) -> list[str]:
     """Problems between sections, one sentence each."""
     required = {
-        "--real_video_dir (folder of the videos)": config.data.real_video_dir,
-        "--generated_video_dir (folder for the reconstructions)": config.data.generated_video_dir,
-        "--from_pretrained (weights)": config.model.from_pretrained,
+        "data.real_video_dir": "folder of the videos",
+        "data.generated_video_dir": "folder for the reconstructions",
+        "model.model": "folder with weights, or a .ckpt file",
     }
-    return [f"{name} is required" for name, value in required.items() if not value]
+    return tools.required(config, required)
 
 
+WEIGHTS_ALIASES = {"from_pretrained": "model.model", "model.from_pretrained": "model.model"}
 PARSER = Parser(
     ReconstructConfig,
+    aliases=WEIGHTS_ALIASES,
     ignored={"tile_overlap_factor": "tiles overlap by an eighth, as in the original, which did not read it either"},
     check=check,
     program="reconstruct.py",
@@ -145,12 +134,9 @@ PARSER = Parser(
 # What the three tools share -------------------------------------------------------------------------------------------
 
 
-def start(run: ComputeConfig) -> Any:
-    """The Accelerator of a tool, for any launcher; ValueError for a GPU that is not there."""
-    runtime.choose_device(run.device)
-    precision: Any = runtime.half_by_default(run.mixed_precision)
-    # Those who are done first wait for the others, which takes as long as their videos do.
-    return runtime.start(RunConfig(mixed_precision=precision, process_group_timeout_s=WAIT_S), 1)
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """In which the autoencoder, whose weights are float32, computes in `dtype`."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def load_vae(weights: WeightsConfig, device: torch.device) -> tuple[Any, Path]:
@@ -159,7 +145,7 @@ def load_vae(weights: WeightsConfig, device: torch.device) -> tuple[Any, Path]:
     Raises:
         FileNotFoundError, ValueError, CheckpointError: there are no weights, or they do not fit; says why.
     """
-    source = find_weights(find_file(str(weights.from_pretrained), "--from_pretrained"))
+    source = find_weights(find_file(str(weights.model), "--model"))
     model: Any
     if source.is_file() or upstream.find_ckpt(source):
         model = upstream.load_ckpt_model(source, weights.model_name, weights.model_config)
@@ -188,7 +174,7 @@ def find_weights(path: Path) -> Path:
             if (folder / "config.json").is_file():
                 return folder
     raise FileNotFoundError(
-        f"{path} holds no weights: --from_pretrained takes a folder with config.json and .safetensors, the folder of a "
+        f"{path} holds no weights: --model takes a folder with config.json and .safetensors, the folder of a "
         "training run or of one of its checkpoints, or a .ckpt file"
     )
 
@@ -283,7 +269,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], processes: Processes) -
                 f"--generated_video_dir {folder} holds other videos ({found[0].name}): choose an empty folder"
             )
         if not found:  # also where a run with wrong settings has come to nothing
-            write_json(path, settings)
+            tools.write_json(path, settings)
         for leftover in folder.rglob(".*.tmp.*"):
             leftover.unlink()
     processes.wait_for_everyone()
@@ -298,7 +284,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], processes: Processes) -
         )
 
 
-def settings_of(config: ReconstructConfig, weights: Path, precision: str) -> dict[str, Any]:
+def settings_of(config: ReconstructConfig, weights: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that the pixels of an output depend on."""
     data, files = config.data, config.files
     changed = max(path.stat().st_mtime for path in ([weights] if weights.is_file() else weights.iterdir()))
@@ -313,7 +299,7 @@ def settings_of(config: ReconstructConfig, weights: Path, precision: str) -> dic
         "sample_fps": files.sample_fps,
         "quality": "lossless" if files.lossless else f"crf {files.crf}",
         "enable_tiling": config.model.enable_tiling,
-        "mixed_precision": precision,
+        "mixed_precision": {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
     }
 
 
@@ -343,7 +329,7 @@ class Records:
             rows = read_rows([self.folder / file, *parts])
             if rows:
                 lines = "".join(json.dumps(rows[name]) + "\n" for name in sorted(rows))
-                _write_text(self.folder / file, lines)
+                tools.write_text(self.folder / file, lines)
             for part in parts:
                 part.unlink()
         self.processes.wait_for_everyone()
@@ -364,17 +350,6 @@ def read_rows(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a json file that appears whole."""
-    _write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 # The work -------------------------------------------------------------------------------------------------------------
 
 
@@ -383,11 +358,14 @@ class Reconstruction:
 
     Args:
         model: on its device.
-        accelerator: whose processes share the work.
+        processes: which share the work.
+        dtype: of the computation.
     """
 
-    def __init__(self, config: ReconstructConfig, model: Any, accelerator: Any, records: Records) -> None:
-        self.config, self.model, self.accelerator, self.records = config, model, accelerator, records
+    def __init__(
+        self, config: ReconstructConfig, model: Any, processes: Processes, dtype: torch.dtype, records: Records
+    ) -> None:
+        self.config, self.model, self.processes, self.dtype, self.records = config, model, processes, dtype, records
         self.folder = Path(str(config.data.generated_video_dir))
 
     def run(self, jobs: Sequence[Job], clips: EvalClips) -> None:
@@ -397,7 +375,7 @@ class Reconstruction:
             partial(_sample, clips, self.model.spatial_factor), list(by_index), self.config.data.num_workers
         )
         written: Future | None = None
-        main = self.accelerator.is_main_process
+        main = self.processes.is_main_process
         with ThreadPoolExecutor(1) as writer, tqdm(total=len(jobs), unit="clip", disable=not main) as bar:
             for indices, videos in batches(self._readable(samples, by_index), self.config.data.batch_size):
                 real, fake, rows = self._reconstruct(torch.stack(videos))
@@ -424,8 +402,8 @@ class Reconstruction:
     @torch.no_grad()
     def _reconstruct(self, videos: Tensor) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
         """(B, 3, T, H, W) in [-1, 1] -> the same and its reconstruction on the CPU, and metrics by name."""
-        real = videos.to(self.accelerator.device)
-        with self.accelerator.autocast():
+        real = videos.to(self.processes.device)
+        with autocast(self.processes.device, self.dtype):
             fake = self.model(real).sample.float()  # (B, 3, T, H, W)
         metrics = measure(fake.clamp(-1, 1) / 2 + 0.5, real / 2 + 0.5)
         return videos, fake.cpu(), {name: values.tolist() for name, values in metrics.items()}
@@ -493,32 +471,29 @@ def _sample(clips: EvalClips, factor: int, index: int) -> Tensor:
     return video[:, :, top : top + height, left : left + width]
 
 
-def reconstruct(config: ReconstructConfig, accelerator: Any) -> dict[str, Any]:
+def reconstruct(config: ReconstructConfig, processes: Processes, dtype: torch.dtype) -> dict[str, Any]:
     """Reconstructs what is not there yet, on all processes; returns what summary.json says."""
     data = config.data
     root, folder = Path(str(data.real_video_dir)), Path(str(data.generated_video_dir))
     paths = list_videos(root, images=data.num_frames == 1)
     jobs = find_jobs(data, paths)
-    model, weights = load_vae(config.model, accelerator.device)
+    model, weights = load_vae(config.model, processes.device)
     model.check_size(data.num_frames, *(data.crop_px or (data.resolution, data.resolution)))
-    settings = settings_of(config, weights, accelerator.mixed_precision)
-    claim_folder(folder, settings, accelerator)
-    records = Records(folder, accelerator)
+    settings = settings_of(config, weights, dtype)
+    claim_folder(folder, settings, processes)
+    records = Records(folder, processes)
     rows = records.merge(METRICS_FILE)
     todo = [job for job in jobs if not is_done(job, config, folder, rows)]
-    accelerator.wait_for_everyone()  # nobody writes before all have looked
-    if len(todo) < len(jobs) and accelerator.is_main_process:
-        logger.info("%d of %d videos are reconstructed already", len(jobs) - len(todo), len(jobs))
+    tools.say_kept(len(jobs) - len(todo), len(jobs), "video", processes, has_overwrite=False)
     clips = EvalClips(paths, root, data.num_frames, data.resolution, data.sample_rate, crop_px=data.crop_px)
-    share = todo[accelerator.process_index :: accelerator.num_processes]
-    Reconstruction(config, model, accelerator, records).run(share, clips)
+    Reconstruction(config, model, processes, dtype, records).run(tools.share_of(todo, processes), clips)
     rows, skipped = records.merge(METRICS_FILE), records.merge(SKIPPED_FILE)
     done = [rows[job.name] for job in jobs if job.name in rows and job.name not in skipped]
     means = {name: float(np.mean([row[name] for row in done])) if done else None for name in METRICS}
     summary = {"num_videos": len(done), "num_skipped": len(skipped), "mean": means, "settings": settings}
     summary |= {"versions": runtime.versions()}
-    if accelerator.is_main_process:
-        write_json(folder / SUMMARY, summary)
+    if processes.is_main_process:
+        tools.write_json(folder / SUMMARY, summary)
     if not done:
         reason = next((f"{row['source']}: {row['reason']}" for row in skipped.values()), "there are none")
         raise ValueError(f"none of the {len(jobs)} videos of {root} can be reconstructed; the first is {reason}")
@@ -541,12 +516,8 @@ def report(summary: dict[str, Any], folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reconstructs as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    with runtime.clear_errors():
-        accelerator = start(config.run)
-        for warning in warnings if accelerator.is_main_process else ():
-            logger.warning("%s", warning)
-        summary = reconstruct(config, accelerator)
+    with tools.started(PARSER, argv) as (config, accelerator, dtype):
+        summary = reconstruct(config, accelerator, dtype)
         if accelerator.is_main_process:
             report(summary, Path(str(config.data.generated_video_dir)))
 

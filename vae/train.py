@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import loop, runtime
+from common import runtime, training
 from common.checkpoint import CheckpointError, read_weights
 from common.config import find_file
-from common.data import BAD_SAMPLE_ERRORS, SamplePlan, rng_for
+from common.data import BAD_SAMPLE_ERRORS, rng_for
 from common.metrics import Lpips, LpipsUnavailable, find_backbone_weights, lpips_for_all, read_state_dict
 from common.optim import EMA, Learner, build_adamw, lr_schedule
-from common.preflight import preflight
-from common.replay import replay
+from common.pretrained import read_json
 from common.runtime import Processes
 from common.video import contact_sheet
 from vae import upstream
-from vae.config import DISCRIMINATORS, PARSER, VaeCheckpoint, VaeConfig, resolved
+from vae.config import DISCRIMINATORS, VaeCheckpoint, VaeConfig
 from vae.data import Clips, EvalClips, list_videos
 from vae.models.discriminator import NLayerDiscriminator, NLayerDiscriminator3D, RealAndFake
 from vae.models.load import build_model, load_model
 from vae.models.perceptual import PerceptualLoss
-from vae.models.pretrained import read_json
 from vae.task import SHEET_CLIPS, SHEET_FRAMES, VaeTask
 
 logger = logging.getLogger(__name__)
@@ -38,17 +35,9 @@ MEMORY_KNOBS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains as the command line says; see `--help`."""
-    config, warnings = PARSER.parse_or_exit(sys.argv[1:] if argv is None else argv)
-    config = resolved(config)
-    with runtime.clear_errors():
-        if config.run.preflight:
-            accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-            # From step 0, so that the few steps try both turns, and need the memory of both.
-            config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, disc_start=0))
-            sys.exit(0 if preflight(config, train, draw_samples, accelerator) else 1)
-        train(config, warnings)
+def with_both_turns(config: VaeConfig) -> VaeConfig:
+    """From step 0, so that the few steps of a preflight try both networks, and need the memory of both."""
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, disc_start=0))
 
 
 def draw_samples(config: VaeConfig) -> np.ndarray:
@@ -103,7 +92,9 @@ def validation_data(config: VaeConfig) -> EvalClips | None:
 
 def _folder(path: str | None, setting: str) -> Path:
     if not Path(str(path)).is_dir():
-        raise FileNotFoundError(f"{setting} {path} is not a folder (looked from {Path.cwd()})")
+        raise FileNotFoundError(
+            f"{setting} {path} is not a folder (looked from {Path.cwd()}): set it to that of the videos"
+        )
     return Path(str(path))
 
 
@@ -206,22 +197,13 @@ def load_perceptual(config: VaeConfig, accelerator: Processes) -> PerceptualLoss
 
 def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
-    config = loop.aside_if_replaying(config)
-    accelerator = runtime.start(
-        config.run,
-        config.optim.gradient_accumulation_steps,
-        find_unused_parameters=config.model.find_unused_parameters,
+    session = training.start(
+        config, warnings, num_networks=2, find_unused_parameters=config.model.find_unused_parameters
     )
-    stop = runtime.stop_signal(accelerator, config.run)
-    for warning in warnings if accelerator.is_main_process else ():
-        logger.warning("%s", warning)
-    output_dir, device = Path(str(config.run.output_dir)), accelerator.device
+    config, accelerator, stop, device = session.config, session.accelerator, session.stop, session.device
 
     # Data: clips to train on, clips to look at.
     clips, eval_clips = training_data(config), validation_data(config)
-    global_batch = loop.batch_of(accelerator, config)
-    loop.require_enough_items(len(clips), config.data.batch_size, accelerator.num_processes)
-    plan = SamplePlan(len(clips), config.run.seed, global_batch)
 
     # The networks. Initial weights follow from the seed, so that they are the same on all processes.
     runtime.seed_model_randomness(config.run.seed, 0)
@@ -230,12 +212,10 @@ def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
         logger.warning("--wavelet_loss has no effect: %s gives no coefficients to compare", type(bare_vae).__name__)
     perceptual = load_perceptual(config, accelerator)
 
-    # The run folder, and where it was left off.
-    runtime.require_shared_folder(accelerator, output_dir)
-    fingerprint = clips.fingerprint()
+    # The order of the clips, and where an earlier start left off. Parts of another run are taken up below instead.
     source = upstream.source_of_parts(config.checkpoint)
-    resume_config = dataclasses.replace(config, checkpoint=_fresh(config.checkpoint)) if source else config
-    resume_point = loop.find_resume_point(accelerator, resume_config, output_dir, fingerprint)
+    fresh = dataclasses.replace(config, checkpoint=_fresh(config.checkpoint)) if source else config
+    course = training.course_of(dataclasses.replace(session, config=fresh), clips)
 
     # An optimizer for each of the two, learning rate, moving average.
     vae_optimizer = build_adamw(upstream.trained_parameters(bare_vae), config.optim, device)
@@ -243,8 +223,7 @@ def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
     vae, adversary, vae_optimizer, adversary_optimizer = accelerator.prepare(
         bare_vae.train(), bare_adversary.train(), vae_optimizer, adversary_optimizer
     )
-    total_steps = loop.total_steps(config.run, len(clips), global_batch)
-    learning_rate = lr_schedule(config.optim, total_steps, global_batch)
+    learning_rate = lr_schedule(config.optim, course.total_steps, course.plan.global_batch)
     ema = None
     if config.optim.use_ema:
         ema = EMA(bare_vae, config.optim.ema_decay, config.optim.offload_ema, warmup=False)
@@ -260,18 +239,15 @@ def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
         upstream.restore(parts, bare_vae, bare_adversary, optimizers, ema, accelerator.scaler, str(source))
         if accelerator.is_main_process:
             logger.info("%s", parts.summary(source))
-        begin_at = {"step": parts.step, "sample": parts.step * global_batch if parts.sample is None else parts.sample}
+        sample = parts.step * course.plan.global_batch if parts.sample is None else parts.sample
+        begin_at = {"step": parts.step, "sample": sample}
 
     # Resume, say what is about to happen, train.
-    run = loop.open_run(
-        accelerator,
-        config,
-        stop,
+    run = training.open_run(
+        session,
+        course,
         models={"vae": bare_vae, "discriminator": bare_adversary},
         learners=learners,
-        num_items=len(clips),
-        fingerprint=fingerprint,
-        resume_point=resume_point,
         memory_knobs=MEMORY_KNOBS,
         **begin_at,
     )
@@ -288,12 +264,7 @@ def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
         stop,
         lpips=_lpips(config, accelerator),
     )
-    loader = loop.open_loader(run, clips, plan)
-    if config.run.replay:
-        replay(run, task, loader, Path(config.run.replay))
-    else:
-        loop.fit(run, task, loader, learners)
-    run.end()
+    training.run_to_end(run, task, clips)
 
 
 def _fresh(checkpoint: VaeCheckpoint) -> VaeCheckpoint:

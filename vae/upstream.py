@@ -11,7 +11,6 @@ import logging
 import os
 import pickle
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,11 @@ from torch import Tensor, nn
 from common.checkpoint import CheckpointError, problems_of, read_state, read_weights
 from common.metrics import read_state_dict
 from common.optim import EMA
+from common.pretrained import read_json, weight_differences
 from common.runtime import clear_errors
 from vae.config import VaeCheckpoint
 from vae.models.load import build_model
 from vae.models.perceptual import PerceptualLoss
-from vae.models.pretrained import read_json, weight_differences
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder checkpoint-<step>")
     parser.add_argument("output", type=Path, help="file to write; config.json is put beside it")
     parser.add_argument("--vgg_weights", type=Path, help="torchvision's VGG16, which the original's trainer expects")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(argv)
     with clear_errors():
         write_ckpt(arguments.checkpoint, arguments.output, arguments.vgg_weights)
     print(f"wrote {arguments.output} and {arguments.output.with_name('config.json')}")

@@ -477,7 +477,10 @@ def _read_metadata(folder: Path) -> tuple[Features, int]:
     path = folder / METADATA
     if not path.is_file():
         where = f"{folder} has no file METADATA" if folder.is_dir() else f"{folder} is not a folder"
-        raise FileNotFoundError(f"{where}: a record data set is written by RecordWriter, whose close() writes METADATA")
+        raise FileNotFoundError(
+            f"{where}: a record data set is written by RecordWriter, whose close() writes METADATA; "
+            "python -m diffnext.build_cache makes one of images or clips"
+        )
     try:
         metadata = json.loads(path.read_text("utf-8"))
         entries, features, version = (metadata[key] for key in ("entries", "features", "version"))

@@ -7,6 +7,8 @@ from typing import Any
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from common.diffusion import add_noise, velocity
+
 
 @dataclass(frozen=True)
 class Corrupted:
@@ -38,7 +40,7 @@ class FlowMatchingNoise:
 
 @dataclass(frozen=True)
 class DDPMNoise:
-    """x_t = sqrt(a) x + sqrt(1 - a) noise (Ho et al. 2020, eq. 4); alphas_cumprod (S,) holds the values of a."""
+    """Noise and velocity as `common.diffusion` has them; alphas_cumprod (S,)."""
 
     alphas_cumprod: Tensor
     prediction_type: str
@@ -46,14 +48,12 @@ class DDPMNoise:
     def corrupt(self, clean: Tensor, noise: Tensor, draw: Tensor) -> Corrupted:
         """Clean tokens and noise (n, N, values), timesteps (n, N), which may be integers stored as floats."""
         clean, noise, timestep = clean.float(), noise.float(), draw.long()
-        alphas = self.alphas_cumprod.to(clean.device)[timestep][..., None]  # (n, N, 1)
-        signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
         target = noise
         if self.prediction_type == "sample":
             target = clean
-        elif self.prediction_type == "v_prediction":  # Salimans and Ho 2022, section 4
-            target = signal * noise - sigma * clean
-        return Corrupted(signal * clean + sigma * noise, timestep.float(), target)
+        elif self.prediction_type == "v_prediction":
+            target = velocity(clean, noise, timestep, self.alphas_cumprod)
+        return Corrupted(add_noise(clean, noise, timestep, self.alphas_cumprod), timestep.float(), target)
 
 
 NoiseSchedule = FlowMatchingNoise | DDPMNoise

@@ -17,12 +17,12 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer
 
+from common.pretrained import CONFIG_FILE, find_weights, load_exactly, read_config, read_tensors
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from diffnext.models.autoencoders.autoencoder_kl_ltx_video import AutoencoderKLLTXVideo
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.base import Autoencoder
-from diffnext.models.pretrained import CONFIG_FILE, load_exactly, read_config, read_weights
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 
@@ -206,6 +206,6 @@ def _load_transformer(
         raise ValueError("new weights for a transformer need its settings: give module_config.transformer")
     model = NOVATransformer3DModel.from_config(settings)
     if folder is not None and not is_random:
-        state, path = read_weights(folder)
-        load_exactly(model, state, str(path))
+        path = find_weights([folder])
+        load_exactly(model, read_tensors(path), path)
     return model.to(dtype).eval()

@@ -14,6 +14,7 @@ from diffusers.schedulers import SchedulerMixin
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from common.pretrained import first_line, is_local
 from gaussian_refiner.models.objective import PredictionType, RefinerConstants
 from gaussian_refiner.models.unet import load_unet
 
@@ -114,14 +115,12 @@ def load_components(
             vae=AutoencoderKL.from_pretrained(source, subfolder="vae", variant=variant, **hub),
         )
     except HfHubHTTPError as error:
-        raise FileNotFoundError(
-            f"{source} cannot be loaded from the hub ({_first_line(error)}). {WITHDRAWN}"
-        ) from error
+        raise FileNotFoundError(f"{source} cannot be loaded from the hub ({first_line(error)}). {WITHDRAWN}") from error
     except OSError as error:
         if Path(source).is_dir():
             raise
         raise FileNotFoundError(
-            f"{source} is neither a folder nor a hub id that can be reached ({_first_line(error)}). {WITHDRAWN}"
+            f"{source} is neither a folder nor a hub id that can be reached ({first_line(error)}). {WITHDRAWN}"
         ) from error
 
 
@@ -135,11 +134,13 @@ def check_layout(source: str) -> None:
     if folder.is_dir():
         missing = [name for name in SUBFOLDERS if not (folder / name).is_dir()]
         if missing:
+            if (folder / "export" / "unet").is_dir():
+                raise FileNotFoundError(f"{folder} is the folder of a run, no checkpoint: give {folder / 'export'}")
             found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no subfolders"
             raise FileNotFoundError(
                 f"{folder} is no unCLIP checkpoint in diffusers layout: it lacks {', '.join(missing)}; it holds {found}"
             )
-    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+    elif is_local(source):
         raise FileNotFoundError(f"the checkpoint folder {source} does not exist. {WITHDRAWN}")
 
 
@@ -150,10 +151,6 @@ def _load_scheduler(source: str, hub: dict[str, Any]) -> SchedulerMixin:
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(f"{source}/scheduler names {config.get('_class_name')!r}, which is no scheduler of diffusers")
     return scheduler_class.from_config(config)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from step to step; the conditioning rows either run beside them in every call, o
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,9 +13,9 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler
 
+from common.pretrained import parameter_dtype
 from gaussian_refiner.models.objective import interleave
 from gaussian_refiner.models.self_mutual_attention import CondCache
-from gaussian_refiner.models.unet import parameter_dtype
 
 NullKind = Literal["text", "clip", "render", "cond"]
 NULL_KINDS: tuple[NullKind, ...] = ("text", "clip", "render", "cond")
@@ -119,7 +118,6 @@ def denoise(
     null_kinds: Collection[NullKind] = ("text", "clip"),
     window_px: int | None = None,
     window_overlap_px: int = 128,
-    generator: torch.Generator | None = None,
     callback: Callable[[DenoiseStep], None] | None = None,
 ) -> torch.Tensor:
     """Repair B renders.
@@ -149,7 +147,6 @@ def denoise(
         null_kinds: any of "text", "clip", "render", "cond".
         window_px: width of a window in image pixels, a multiple of 8; None = the whole width at once.
         window_overlap_px: least overlap of neighbouring windows.
-        generator: for schedulers that draw noise.
         callback: called after each step.
 
     Returns:
@@ -168,7 +165,6 @@ def denoise(
     scheduler = copy.deepcopy(scheduler)
     timesteps = _select_timesteps(scheduler, num_inference_steps, strength, device)
     latents = _initial_latents(scheduler, timesteps, render_latents.float(), init_noise.float(), strength)
-    step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
     try:
         if use_cond_cache:
@@ -177,7 +173,7 @@ def denoise(
             model_input = windows.split(scheduler.scale_model_input(latents, timestep))
             pred, cond_pred = _predict(unet, cond_cache if use_cond_cache else None, rows, model_input, timestep)
             pred = windows.blend(_guide(pred, rows.halves, guidance_scale, guidance_rescale), full_width)
-            latents = scheduler.step(pred, timestep, latents, **step_options, return_dict=False)[0]  # (B, 4, h, w)
+            latents = scheduler.step(pred, timestep, latents, return_dict=False)[0]  # (B, 4, h, w)
             if callback is not None:
                 if cond_pred is not None:
                     cond_pred = _guide(cond_pred, rows.halves, guidance_scale, guidance_rescale)

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from gaussian_refiner.models.unet import parameter_dtype
+from common.diffusion import add_noise, signal_to_noise, velocity
+from common.pretrained import parameter_dtype
 
 PredictionType = Literal["v_prediction", "epsilon"]
 SnrMode = Literal["fixed", "pairwise", "upstream"]
@@ -199,47 +200,6 @@ def _level_embedding(levels: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(embedding, (0, width - 2 * half))  # (B, width)
 
 
-def _noise_levels(
-    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) per row in float32, shaped to multiply `like`."""
-    alphas = alphas_cumprod.to(like.device, torch.float32)[timesteps.to(like.device)]  # (N,)
-    alphas = alphas.reshape(-1, *[1] * (like.ndim - 1))  # (N, 1, ...)
-    return alphas.sqrt(), (1 - alphas).sqrt()
-
-
-def add_noise(
-    clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
-    """Forward diffusion, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps (Ho et al. 2020, eq. 4).
-
-    Args:
-        clean: (N, ...) of any precision.
-        noise: as `clean`.
-        timesteps: (N,) integers.
-        alphas_cumprod: (training timesteps,).
-
-    Returns:
-        (N, ...) float32.
-    """
-    signal, sigma = _noise_levels(timesteps, alphas_cumprod, clean)
-    return signal * clean.float() + sigma * noise.float()
-
-
-def v_target(
-    clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
-    """Velocity, v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (Salimans and Ho 2022, section 4); arguments as `add_noise`."""
-    signal, sigma = _noise_levels(timesteps, alphas_cumprod, clean)
-    return signal * noise.float() - sigma * clean.float()
-
-
-def signal_to_noise(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """SNR = a_t / (1 - a_t) of (N,) timesteps: (N,) float32."""
-    alphas = alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]  # (N,)
-    return alphas / (1 - alphas)
-
-
 def snr_weights(
     timesteps: torch.Tensor,
     alphas_cumprod: torch.Tensor,
@@ -334,7 +294,7 @@ def refiner_rows(
         timesteps=timesteps,
         text_embeds=interleave(text, text).float(),
         class_labels=interleave(labels, labels),
-        target=v_target(clean, noise, timesteps, constants.alphas_cumprod) if is_velocity else noise,
+        target=velocity(clean, noise, timesteps, constants.alphas_cumprod) if is_velocity else noise,
     )
 
 

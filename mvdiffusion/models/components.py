@@ -4,15 +4,13 @@ They are loaded one by one, as each may come from another folder or hub id. A St
 checkpoint holds all of them.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from common.pretrained import load_part
 
 CLIP_SIZE_PX = 224
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -22,7 +20,7 @@ def load_vae(
     path_or_id: str, subfolder: str | None = "vae", revision: str | None = None, cache_dir: str | None = None
 ) -> AutoencoderKL:
     """The VAE in float32, frozen, in eval mode; FileNotFoundError if it is not there."""
-    vae = _load(AutoencoderKL.from_pretrained, "VAE", path_or_id, subfolder, revision, cache_dir)
+    vae = load_part(AutoencoderKL.from_pretrained, "VAE", path_or_id, subfolder, revision, cache_dir)
     return vae.eval().requires_grad_(False)
 
 
@@ -31,7 +29,7 @@ def load_image_encoder(
 ) -> CLIPVisionModelWithProjection:
     """CLIP's vision tower with its projection, in float32, frozen, in eval mode; FileNotFoundError if not there."""
     load = CLIPVisionModelWithProjection.from_pretrained
-    encoder = _load(load, "image encoder", path_or_id, subfolder, revision, cache_dir, dtype=torch.float32)
+    encoder = load_part(load, "image encoder", path_or_id, subfolder, revision, cache_dir, dtype=torch.float32)
     return encoder.eval().requires_grad_(False)
 
 
@@ -43,7 +41,7 @@ def load_feature_extractor(
 ) -> CLIPImageProcessor:
     """CLIP's preprocessing of PIL images; FileNotFoundError if it is not there."""
     load = CLIPImageProcessor.from_pretrained
-    return _load(load, "feature extractor", path_or_id, subfolder, revision, cache_dir)
+    return load_part(load, "feature extractor", path_or_id, subfolder, revision, cache_dir)
 
 
 def load_scheduler(
@@ -53,33 +51,8 @@ def load_scheduler(
 
     Predicted clean latents are not clipped unless the checkpoint says so: DDIM's own default is made for pixels.
     """
-    config = dict(_load(DDIMScheduler.load_config, "scheduler", path_or_id, subfolder, revision, cache_dir))
+    config = dict(load_part(DDIMScheduler.load_config, "scheduler", path_or_id, subfolder, revision, cache_dir))
     return DDIMScheduler.from_config({"clip_sample": False} | config)
-
-
-def _load(
-    load: Callable[..., Any],
-    what: str,
-    path_or_id: str,
-    subfolder: str | None,
-    revision: str | None,
-    cache_dir: str | None,
-    **options: Any,
-) -> Any:
-    root = Path(path_or_id)
-    folder = root / (subfolder or "")
-    if root.is_dir() and not folder.is_dir():
-        found = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
-        raise FileNotFoundError(f"the {what} is looked for in {folder}, but {root} has no {subfolder}; it has {found}")
-    if not root.is_dir() and (root.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") > 1):
-        raise FileNotFoundError(f"the folder {path_or_id}, where the {what} is looked for, does not exist")
-    hub = {} if root.is_dir() else {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder or ""}
-    try:
-        return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
-    except OSError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        where = folder if root.is_dir() else f"{path_or_id}, which is no folder, and no hub id within reach"
-        raise FileNotFoundError(f"the {what} cannot be loaded from {where} ({reason})") from error
 
 
 @torch.no_grad()

@@ -1,8 +1,6 @@
 """Start weights of the multi-view UNet, and which of its parameters a stage trains."""
 
-import json
 import math
-import pickle
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +10,25 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from common.pretrained import (
+    CONFIG_FILE,
+    WEIGHTS_STEM,
+    check_keys,
+    find_weights,
+    named,
+    read_json,
+    read_tensors,
+    shards_of,
+    weights_names,
+)
 from mvdiffusion.models.attention import MVTransformerBlock
 from mvdiffusion.models.unet_mv2d import UNetMV2DConditionModel, supported_config
 
 ConvInInit = Literal["copy_zero", "copy_random", "random"]
 CONV_IN_INITS: tuple[ConvInInit, ...] = ("copy_zero", "copy_random", "random")
 LATENT_CHANNELS = 4  # of the VAE: the input of a 2-D UNet
-WEIGHTS_NAMES = tuple(f"diffusion_pytorch_model.{end}" for end in ("safetensors", "safetensors.index.json", "bin"))
 BLOCK_NAMES = {
     "CrossAttnDownBlock2D": "CrossAttnDownBlockMV2D",
     "CrossAttnUpBlock2D": "CrossAttnUpBlockMV2D",
@@ -37,7 +43,6 @@ LEGACY_NAMES = {
 }
 # What a 2-D config lacks; `unet_config` says otherwise where needed.
 OVER_2D = {"in_channels": 8, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 10}
-NAMED_KEYS = 5  # how many offending keys an error lists
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class LoadReport:
         parts = [f"{len(self.copied)} tensors copied"]
         parts += [f"{len(self.renamed)} of them under an older name"] if self.renamed else []
         parts += [f"{', '.join(self.widened)} widened"] if self.widened else []
-        parts += [f"{len(self.new)} new ({_named(self.new)})"] if self.new else []
-        parts += [f"{len(self.left_out)} left out ({_named(self.left_out)})"] if self.left_out else []
+        parts += [f"{len(self.new)} new ({named(self.new)})"] if self.new else []
+        parts += [f"{len(self.left_out)} left out ({named(self.left_out)})"] if self.left_out else []
         return "; ".join(parts)
 
 
@@ -107,7 +112,7 @@ def load_unet(
     weights, source_config = _find_source(path, subfolder, revision, cache_dir)
     if source_config is None and unet_config is None:
         raise FileNotFoundError(f"{weights} has no config.json beside it: put it there, or give unet_config")
-    state, renamed = _rename_legacy({key: tensor.float() for key, tensor in _read_weights(weights).items()})
+    state, renamed = _rename_legacy({key: tensor.float() for key, tensor in read_tensors(weights).items()})
     if "conv_in.weight" not in state or state["conv_in.weight"].ndim != 4:
         raise ValueError(f"{weights} holds no UNet: it has no conv_in.weight of shape (out, in, kernel, kernel)")
     from_2d = state["conv_in.weight"].shape[1] == LATENT_CHANNELS
@@ -218,14 +223,13 @@ def _find_source(
     root = Path(path).expanduser()
     if root.exists():
         folders = [root / subfolder, root] if subfolder else [root]
-        tried = [folder / name for folder in folders for name in WEIGHTS_NAMES]
-        weights = next((file for file in tried if file.is_file()), None)
-        if weights is None:
-            raise FileNotFoundError(f"no UNet weights under {root}; tried: {', '.join(map(str, tried))}")
-        config = weights.with_name("config.json")
+        weights = find_weights(folders, [WEIGHTS_STEM])
+        config = weights.with_name(CONFIG_FILE)
         return weights, read_json(config) if config.is_file() else None
     if root.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
         raise FileNotFoundError(f"no such folder: {path}")
+
+    names = weights_names([WEIGHTS_STEM])
 
     def fetch(name: str) -> Path | None:
         try:
@@ -234,11 +238,11 @@ def _find_source(
             return None
 
     try:
-        config = fetch("config.json")
-        weights = next((file for file in map(fetch, WEIGHTS_NAMES) if file is not None), None)
+        config = fetch(CONFIG_FILE)
+        weights = next((file for file in map(fetch, names) if file is not None), None)
         if weights is not None and weights.name.endswith(".index.json"):
-            for shard in _shards(weights):
-                fetch(shard)
+            for shard in shards_of(weights):
+                fetch(shard.name)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"{path} is neither a local folder nor a hub id that can be reached ({error})"
@@ -246,39 +250,9 @@ def _find_source(
     if weights is None:
         raise FileNotFoundError(
             f"{path} is no local folder, and the hub gives no {subfolder or 'UNet'} weights for it (no connection, or "
-            f"none of {', '.join(WEIGHTS_NAMES)})"
+            f"none of {', '.join(names)})"
         )
     return weights, read_json(config) if config is not None else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; ValueError if it holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping in braces, it holds a {type(content).__name__}")
-    return content
-
-
-def _shards(index: Path) -> list[str]:
-    return sorted(set(read_json(index)["weight_map"].values()))
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, on the CPU. Pickled files are read with `weights_only=True`, which runs no code."""
-    if path.name.endswith(".index.json"):
-        return {key: tensor for shard in _shards(path) for key, tensor in _read_weights(path.parent / shard).items()}
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the checkpoint is incomplete, copy it again")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} was refused: it is damaged, or holds more than tensors ({error})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} does not hold a plain state dict: expected parameter names mapped to tensors")
-    return state
 
 
 def _rename_legacy(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -316,17 +290,12 @@ def _check_fit(
     if from_2d and "conv_in.weight" in odd_sizes and _fits_widened(state["conv_in.weight"].shape, expected):
         odd_sizes.remove("conv_in.weight")
         new.append("conv_in.weight")
-    problems = {
-        "missing": [key for key in expected if key not in state and key not in new],
-        "unknown": [key for key in state if key not in expected],
-        "of another size": [f"{key} {tuple(state[key].shape)}, not {tuple(expected[key])}" for key in odd_sizes],
-    }
-    lines = [f"{len(keys)} tensors {kind}: {_named(keys)}" for kind, keys in problems.items() if keys]
-    if lines:
-        raise ValueError(
-            f"{source} does not fit the UNet's config (its own, and over it what "
-            "pretrained_config_path_unet and flags say); " + "; ".join(lines)
-        )
+    check_keys(
+        f"{source} does not fit the UNet's config (its own, with pretrained_config_path_unet and flags over it)",
+        [key for key in expected if key not in state and key not in new],
+        [key for key in state if key not in expected],
+        [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key])}" for key in odd_sizes],
+    )
     return new
 
 
@@ -355,7 +324,3 @@ def _initialise_missing(unet: nn.Module, zero_init_joint_bias: bool) -> None:
                 nn.init.zeros_(module.weight)
                 if zero_init_joint_bias:
                     nn.init.zeros_(module.bias)
-
-
-def _named(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:NAMED_KEYS]) + (", ..." if len(keys) > NAMED_KEYS else "")

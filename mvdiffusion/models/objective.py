@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from common.diffusion import add_noise, signal_to_noise, velocity
+from common.pretrained import parameter_dtype
 from mvdiffusion.models.layout import DOMAINS, repeat_for_rows, to_rows
 
 HalfOrder = Literal["normal_first", "image_first"]
@@ -241,47 +243,6 @@ def drop_masks(uniform: torch.Tensor, num_views: int, settings: ObjectiveSetting
     return DropMasks(_spread(latent, axes, num_views, settings), _spread(embed, axes, num_views, settings))
 
 
-def _noise_levels(
-    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) per row in float32, shaped to multiply `like`."""
-    alphas = alphas_cumprod.to(like.device, torch.float32)[timesteps]  # (N,)
-    alphas = alphas.reshape(-1, *[1] * (like.ndim - 1))  # (N, 1, ...)
-    return alphas.sqrt(), (1 - alphas).sqrt()
-
-
-def add_noise(
-    clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
-    """Forward diffusion, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps (Ho et al. 2020, eq. 4).
-
-    Args:
-        clean: (N, ...) of any precision.
-        noise: as `clean`.
-        timesteps: (N,) integers.
-        alphas_cumprod: (training timesteps,).
-
-    Returns:
-        (N, ...) float32.
-    """
-    signal, sigma = _noise_levels(timesteps, alphas_cumprod, clean)
-    return signal * clean.float() + sigma * noise.float()
-
-
-def v_target(
-    clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
-    """Velocity, v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (Salimans and Ho 2022, section 4); arguments as `add_noise`."""
-    signal, sigma = _noise_levels(timesteps, alphas_cumprod, clean)
-    return signal * noise.float() - sigma * clean.float()
-
-
-def signal_to_noise(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """SNR = a_t / (1 - a_t) of (N,) timesteps: (N,) float32."""
-    alphas = alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]  # (N,)
-    return alphas / (1 - alphas)
-
-
 def snr_weights(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, settings: ObjectiveSettings) -> torch.Tensor:
     """Min-SNR weights (Hang et al. 2023); with epsilon prediction min(SNR, gamma) / SNR in every mode.
 
@@ -348,7 +309,7 @@ def mv_rows(inputs: MVInputs, draws: MVDraws, alphas_cumprod: torch.Tensor, sett
         class_labels=_as_rows(cameras, settings).float(),
         timesteps=timesteps,
         domains=_spread(domains, "D", num_views, settings),
-        target=v_target(clean, noise, timesteps, alphas_cumprod) if is_velocity else noise,
+        target=velocity(clean, noise, timesteps, alphas_cumprod) if is_velocity else noise,
     )
 
 
@@ -380,13 +341,6 @@ def _check_tensors(inputs: MVInputs, draws: MVDraws, settings: ObjectiveSettings
         raise ValueError(f"the step's tensors do not fit {size}: " + "; ".join(problems))
 
 
-def _weights_dtype(unet: Any) -> torch.dtype:
-    """The dtype of a network's weights, wrapped or not; float32 for a callable without weights."""
-    parameters = unet.parameters() if isinstance(unet, torch.nn.Module) else iter(())
-    first = next(parameters, None)
-    return torch.float32 if first is None else first.dtype
-
-
 def mv_loss(
     unet: Callable[..., Any],
     inputs: MVInputs,
@@ -410,7 +364,7 @@ def mv_loss(
             the wrong shape.
     """
     rows = mv_rows(inputs, draws, alphas_cumprod, settings)
-    dtype = _weights_dtype(unet)
+    dtype = parameter_dtype(unet)
     pred = unet(
         torch.cat([rows.noisy, rows.condition], dim=1).to(dtype),  # (N, 2 C, h, w)
         rows.timesteps,

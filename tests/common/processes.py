@@ -1,15 +1,16 @@
 """Starting the trainer in miniature (`tiny_trainer.py`) as real processes, and reading what it left."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from running import assert_same_checkpoint, metrics
 from safetensors.torch import load_file
 
+__all__ = ["assert_same_state", "command", "metrics", "run", "seen", "weights"]
+
 TINY = Path(__file__).with_name("tiny_trainer.py")
-RESULTS = ("step", "kind", "loss", "noise", "grad_norm", "lr", "epoch", "error")
 BASE = ("--report_to", "none", "--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "3")
 
 
@@ -33,12 +34,6 @@ def run(output_dir: Path, *flags: str, processes: int = 1, status: int = 0) -> s
     return done.stdout + done.stderr
 
 
-def metrics(output_dir: Path) -> list[dict]:
-    """metrics.jsonl without the clock's readings."""
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k in RESULTS} for record in records]
-
-
 def seen(output_dir: Path) -> list[tuple]:
     """(sample, step, item, data, noise) of all processes, in the order of the sample numbers."""
     lines = [line.split() for path in output_dir.glob("seen-*.txt") for line in path.read_text().splitlines()]
@@ -51,12 +46,4 @@ def weights(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 def assert_same_state(left: Path, right: Path, step: int) -> None:
     """Weights, moving average and optimizer of two runs are equal bit for bit."""
-    for name in ("model", "model_ema"):
-        ours, theirs = (load_file(d / f"checkpoint-{step}" / name / "model.safetensors") for d in (left, right))
-        for key in theirs:
-            assert torch.equal(ours[key], theirs[key]), f"{name} {key}"
-    ours, theirs = (torch.load(d / f"checkpoint-{step}" / "optimizer.bin", weights_only=True) for d in (left, right))
-    assert ours["param_groups"] == theirs["param_groups"]
-    for index, state in theirs["state"].items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(ours["state"][index][key]), torch.as_tensor(value)), f"{index} {key}"
+    assert_same_checkpoint(left / f"checkpoint-{step}", right / f"checkpoint-{step}")

@@ -4,13 +4,16 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from common import cache as caches
-from common.cache import Cache, CacheError, digest_of_files, digest_of_weights
+from common.cache import Cache, CachedItems, CacheError, digest_of_files, digest_of_weights, encode_items
+from common.runtime import StopRequested
 
 FINGERPRINT = {"format": 1, "weights": "abc", "size_px": (64, 128), "crop": None}
 
@@ -45,6 +48,14 @@ def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=re.escape("weights was 'abc', is None.")):
         Cache(folder, fewer)
     assert json.loads((folder / "fingerprint.json").read_text())["weights"] == "abc"  # left as it was
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(CacheError) as caught:
+            Cache(folder, FINGERPRINT)
+        assert str(caught.value) == f"the cache {folder} cannot be made, there is a file: name a folder"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format": 1', b"\xff\xfe\x00", b"[]", b"null"])
@@ -141,3 +152,69 @@ def test_the_digest_follows_the_files(tmp_path: Path) -> None:
     two.unlink()
     with pytest.raises(FileNotFoundError, match="two.png"):
         digest_of_files(one, two)
+
+
+def encode_numbers(cache: Cache, read: list, *, rank: int = 0, stopped_at: int = 99) -> None:
+    """Entries `<item><part>` of five items, of which the second part of item 2 cannot be read; logs what is read."""
+
+    def share(count: int) -> Any:
+        for index in range(rank, count, 2):
+            if index >= stopped_at:
+                raise StopRequested("SIGTERM")
+            yield index
+
+    def read_one(index: int, part: str) -> int:
+        read.append(f"{index}{part}")
+        if (index, part) == (2, "b"):
+            raise OSError("2.png is damaged")
+        return 10 * index
+
+    def encode(index: int, part: str, item: int) -> dict[str, torch.Tensor]:
+        assert not torch.is_grad_enabled()
+        return {"x": torch.tensor([index, item, len(part)])}
+
+    processes: Any = SimpleNamespace(
+        process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: read.append("all")
+    )
+    stop: Any = SimpleNamespace(share=share)
+    encode_items(
+        cache,
+        5,
+        ("a", "b", "c"),
+        key_of=lambda index, part: f"item{index}{part}",
+        read=read_one,
+        encode=encode,
+        unit="scene",
+        processes=processes,
+        stop=stop,
+    )
+
+
+def test_every_part_of_every_item_is_encoded_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache, read = Cache(tmp_path, FINGERPRINT), []
+    with pytest.raises(StopRequested):
+        encode_numbers(cache, read, stopped_at=2)
+    assert read == ["0a", "0b", "0c"]  # what is encoded stays
+    read.clear()
+    encode_numbers(cache, read)
+    assert read == ["2a", "2b", "4a", "4b", "4c", "all"]
+    assert caplog.messages == ["scene 2 is not encoded: 2.png is damaged"]
+    encode_numbers(cache, read, rank=1)
+    names = {path.stem for path in tmp_path.rglob("*.safetensors")}
+    assert names == {f"item{index}{part}" for index in range(5) for part in "abc"} - {"item2b", "item2c"}
+    assert cache.load("item3c")["x"].tolist() == [3, 30, 1]
+
+
+def test_cached_items_are_those_of_the_data_set(tmp_path: Path) -> None:
+    class Pictures:
+        def __len__(self) -> int:
+            return 7
+
+        def files_of(self, index: int) -> list[Path]:
+            return [Path(f"{index}.png")]
+
+        def sample(self, index: int, rng: Any) -> dict[str, Any]:
+            raise AssertionError("the cache is read")
+
+    items = CachedItems(Pictures(), Cache(tmp_path, FINGERPRINT))
+    assert len(items) == 7 and items.files_of(3) == [Path("3.png")]

@@ -277,6 +277,11 @@ def test_what_resume_from_checkpoint_may_be(accelerator: Accelerator, tmp_path: 
         f"there is no checkpoint 'checkpoint-4'; tried checkpoint-4, {tmp_path}/checkpoint-4. Checkpoints in "
         f"{tmp_path}: checkpoint-20, checkpoint-3"
     )
+    with pytest.raises(CheckpointError) as raised:
+        find(accelerator, tmp_path, "/nowhere/checkpoint-4")
+    assert str(raised.value) == (
+        f"there is no checkpoint '/nowhere/checkpoint-4'. Checkpoints in {tmp_path}: checkpoint-20, checkpoint-3"
+    )
     with pytest.raises(CheckpointError, match=r"Checkpoints in .*/none: none$"):
         find(accelerator, tmp_path / "none", "checkpoint-4")
 
@@ -401,6 +406,24 @@ def test_other_errors_are_not_called_a_full_disk(accelerator: Accelerator, tmp_p
         publish(accelerator, tmp_path / "checkpoint-10", write)
     assert raised.value is error
     assert not (tmp_path / "checkpoint-10").exists() and newest_valid(tmp_path) == older
+    assert hidden(tmp_path) == []
+
+
+def test_a_failure_leaves_the_older_folder_and_nothing_else(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, rename = make(tmp_path, 10, "old"), os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if source.name.endswith(".partial"):
+            raise OSError(errno.EIO, "I/O error")
+        rename(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="I/O error"):
+        patched.setattr(subject.os, "rename", fail)
+        publish(accelerator, final, lambda staging: fill(staging, "new"))
+    assert problems_of(final) == [] and (final / "model" / "model.safetensors").read_text() == "old"
+    assert hidden(tmp_path) == []
 
 
 class Killed(BaseException):

@@ -36,6 +36,7 @@ class ToyData(DataConfig):
     sizes_px: tuple[int, ...] = option((64, 32), "edge lengths")
     crop: tuple[int, float] = option((8, 0.5), "size and chance")
     folders: tuple[str, ...] = option((), "folders")
+    parts: tuple[int, ...] | None = option(None, "numbers of parts; null is all")
     extras: dict | None = option(None, "free mapping")
 
 
@@ -297,7 +298,7 @@ def test_ignored_keys_of_a_file_warn(in_yaml) -> None:
     ]
 
 
-@pytest.mark.parametrize("nothing", ["null", "No", "false"])
+@pytest.mark.parametrize("nothing", ["null", "No", "false", "-1"])
 def test_an_ignored_key_that_asks_for_nothing_does_not(in_yaml, nothing: str) -> None:
     assert PARSER.parse([in_yaml(f"local_rank: {nothing}")])[1] == []
 
@@ -334,7 +335,8 @@ def test_checks_between_sections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("No", "no"), ("no", "no"), ("'no'", "no"), ("FP16", "fp16"), ("Bf16", "bf16"), ("null", None)]
+    ("text", "value"),
+    [("No", "no"), ("no", "no"), ("'no'", "no"), ("FP16", "fp16"), ("Bf16", "bf16"), ("fp32", "no"), ("null", None)],
 )
 def test_mixed_precision_in_yaml(in_yaml, text: str, value: str | None) -> None:
     assert parse(in_yaml(f"mixed_precision: {text}")).run.mixed_precision == value
@@ -344,7 +346,7 @@ def test_mixed_precision_in_yaml(in_yaml, text: str, value: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("mixed_precision: yes", "mixed_precision: True is none of no, fp16, bf16"),
+        ("mixed_precision: yes", "mixed_precision: True is none of no, fp32, fp16, bf16"),
         ("batch_size: null", "batch_size: expected integer, got null"),
         ("batch_size:", "batch_size: expected integer, got null"),
         ("batch_size: true", "batch_size: expected integer, got True"),
@@ -431,8 +433,28 @@ def test_lists_on_the_command_line(tokens: list[str], sizes_px: tuple[int, ...])
     assert parse(*tokens).data.sizes_px == sizes_px
 
 
+@pytest.mark.parametrize(
+    ("tokens", "parts"),
+    [
+        (["--parts", "1", "2"], (1, 2)),
+        (["--parts", "1,2", "--batch_size", "2"], (1, 2)),
+        (["--parts", "null"], None),
+        (["--parts", "3", "data.batch_size=2"], (3,)),
+    ],
+)
+def test_lists_that_may_be_null(tokens: list[str], parts: tuple[int, ...] | None) -> None:
+    assert parse(*tokens).data.parts == parts
+
+
 def test_lists_of_text_may_hold_equals_signs() -> None:
     assert parse("--folders", "a=b", "c").data.folders == ("a=b", "c")
+    assert parse("--folders", "a.b=c").data.folders == ("a.b=c",)
+
+
+def test_a_list_does_not_swallow_a_mistaken_override() -> None:
+    assert problems("--folders", "a", "data.batchsize=4") == [
+        "data.batchsize (override) is unknown; did you mean data.batch_size or batch_size or train_batch_size?"
+    ]
 
 
 def test_fixed_tuples_and_mappings(in_yaml) -> None:
@@ -531,6 +553,44 @@ def test_settings_without_effect_of_a_file_warn(in_yaml) -> None:
     assert PARSER.parse([token, "--use_ema"])[1] == []
 
 
+# Sections that extend others, and what follows from settings ----------------------------------------------------------
+
+
+def test_another_default_keeps_help_limits_and_all_else() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(RunConfig):
+        max_train_steps: int | None = option(9)
+        seed: int = option(5, "seed of everything")
+
+    found, known = ({f.name: f for f in dataclasses.fields(c)} for c in (Mine, RunConfig))
+    assert Mine().max_train_steps == 9 and found["max_train_steps"].metadata == known["max_train_steps"].metadata
+    assert Mine().seed == 5 and found["seed"].metadata["help"] == "seed of everything"
+    assert not found["seed"].metadata["state"] and list(found) == list(known)  # a field with a help text is a new one
+
+
+def test_a_new_field_needs_a_help_text() -> None:
+    with pytest.raises(AssertionError, match="Mine.colour needs a help text: no base section has the field"):
+
+        class Mine(RunConfig):
+            colour: str = option("red")
+
+
+def filled(config: ToyConfig) -> ToyConfig:
+    data = dataclasses.replace(config.data, folders=config.data.folders or (config.run.output_dir,))
+    return dataclasses.replace(config, data=data)
+
+
+def test_what_follows_from_other_settings(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = Parser(ToyConfig, resolve=filled)
+    assert parser.parse(["--output_dir", "here"])[0].data.folders == ("here",)
+    assert parser.parse(["--folders", "there"])[0].data.folders == ("there",)
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--output_dir", "here"])
+    assert parser.parse_or_exit()[0].data.folders == ("here",)
+    with pytest.raises(SystemExit):
+        parser.parse_or_exit(["--output_dir", "here", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["folders"] == []  # so that it may be combined with others
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -609,8 +669,7 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         f"{tmp_path / 'gone.yaml'}, {repository / 'gone.yaml'}"
     ]
     assert problems(f"--config={tmp_path}/gone.yaml") == [
-        f"the YAML file {tmp_path}/gone.yaml cannot be read: {tmp_path}/gone.yaml was not found; tried "
-        f"{tmp_path / 'gone.yaml'}"
+        f"the YAML file {tmp_path}/gone.yaml cannot be read: {tmp_path}/gone.yaml was not found"
     ]
     (problem,) = problems("--config", str(tmp_path))
     assert problem.startswith(f"the YAML file {tmp_path} cannot be read: ") and "Is a directory" in problem
@@ -625,6 +684,17 @@ def test_where_files_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_file(str(repository / "pyproject.toml")) == repository / "pyproject.toml"
     (tmp_path / "folder").mkdir()
     assert find_file("folder") == tmp_path / "folder"
+
+
+def test_every_place_that_was_tried_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Path(__file__).parents[2]
+    monkeypatch.chdir(repository)
+    with pytest.raises(FileNotFoundError) as caught:
+        find_file("gone", "--input")
+    assert str(caught.value) == f"gone was not found; tried {repository}/gone; set --input to where it is"
+    with pytest.raises(FileNotFoundError) as caught:
+        find_file("/nowhere/gone", "--input")
+    assert str(caught.value) == "/nowhere/gone was not found; set --input to where it is"
 
 
 # What comes out -------------------------------------------------------------------------------------------------------
@@ -733,7 +803,7 @@ def test_help_names_everything(capsys: pytest.CaptureFixture, argv: list[str]) -
         assert f"--{alias}" in line.split(", ")
     for name, reason in IGNORED.items():
         assert f"  --{name}: {reason}" in lines
-    assert "      fp16" not in lines and any("no|fp16|bf16 or null, default null" in line for line in lines)
+    assert "      fp16" not in lines and any("no|fp32|fp16|bf16 or null, default null" in line for line in lines)
 
 
 def test_help_is_quick() -> None:

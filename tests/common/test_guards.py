@@ -1,9 +1,11 @@
 """What guards a run: time limits, the watchdog, loader processes that die or hang, replay of a non-finite step."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +128,33 @@ def test_a_watch_knows_who_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for watch in (ahead, behind, other_start):
             watch.end()
     assert ahead.lost_peer() is None
+
+
+def test_two_threads_may_write_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch(tmp_path, "token", 0, 1, hang_timeout_s=0)
+    threads = [threading.Thread(target=lambda: [watch._write() for _ in range(100)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    watch.end()
+    assert capsys.readouterr().err == "" and watch.pulse.beats >= 402
+    assert json.loads((tmp_path / "rank-0.json").read_text())["phase"] == "end"
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-0.json"]
+
+
+def test_a_watch_ends_with_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder = tmp_path / "scratch"
+    watch = Watch(run_folder / "watch", "token", 0, 1, hang_timeout_s=0)
+    shutil.rmtree(run_folder)
+    watch._thread.join(timeout=10)
+    assert not watch._thread.is_alive() and capsys.readouterr().err == "" and not run_folder.exists()
+    watch = Watch(run_folder / "watch", "token", 0, 1, hang_timeout_s=0)
+    shutil.rmtree(run_folder / "watch")
+    watch._thread.join(timeout=10)
+    assert (
+        capsys.readouterr().err == f"watch: {run_folder / 'watch'} was deleted: who dies or hangs is no longer told\n"
+    )
 
 
 @pytest.mark.parametrize(

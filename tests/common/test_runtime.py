@@ -126,7 +126,7 @@ def test_errors_of_libraries_inside_the_repository_keep_their_traceback(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site_packages = Path(torch.__file__).parents[1]
-    monkeypatch.setattr(subject, "REPOSITORY", site_packages.parents[2])  # the usual place: .venv in the checkout
+    monkeypatch.setattr(subject, "CODE", site_packages.parents[2])  # the usual place: .venv in the checkout
     with pytest.raises(ValueError, match="empty parameter list") as raised, clear_errors():
         torch.optim.AdamW([])
     assert Path(raised.traceback[-1].path).is_relative_to(site_packages) and capsys.readouterr().err == ""
@@ -402,14 +402,15 @@ def test_the_output_folder_is_made(tmp_path: Path) -> None:
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_a_process_that_sees_another_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_say_who_sees_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "broadcast_object_list", lambda token: token)
-    other = SimpleNamespace(is_main_process=False, process_index=3, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(subject, "gather_object", lambda seen: [True, True, *seen, False])
+    other = SimpleNamespace(is_main_process=False, process_index=2, wait_for_everyone=lambda: None)
     with pytest.raises(OSError) as raised:
         require_shared_folder(other, tmp_path)  # type: ignore[arg-type]
     assert str(raised.value) == (
-        f"process 3 does not see run.output_dir {tmp_path} of the main process: all nodes save into it, so it must be "
-        "on a file system that they share"
+        f"processes 2, 3 do not see run.output_dir {tmp_path} of the main process: all nodes save into it, so it must "
+        "be on a file system that they share"
     )
 
 
@@ -419,5 +420,6 @@ def test_the_marker_of_the_main_process_is_seen(tmp_path: Path, monkeypatch: pyt
         (tmp_path / ".shared-of the main process").touch()
 
     monkeypatch.setattr(subject, "broadcast_object_list", receive)
+    monkeypatch.setattr(subject, "gather_object", lambda seen: [True, *seen])
     other = SimpleNamespace(is_main_process=False, process_index=1, wait_for_everyone=lambda: None)
     require_shared_folder(other, tmp_path)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import loop, runtime
+from common import runtime, training
 from common.config import (
     CheckpointConfig,
     DataConfig,
@@ -22,9 +22,9 @@ from common.config import (
     ValidationConfig,
     option,
 )
-from common.data import SamplePlan, draw_normal
+from common.data import draw_normal
+from common.loop import StepOutput
 from common.optim import EMA, Learner, build_adamw, lr_schedule
-from common.replay import replay
 
 WIDTH, NUM_ITEMS = 16, 21
 
@@ -64,6 +64,9 @@ class Source:
 
     def files_of(self, index: int) -> list[Path]:
         return [Path(f"item-{index}.bin")]
+
+    def fingerprint(self) -> dict[str, int]:
+        return {"num_items": NUM_ITEMS}
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, object]:
         if index in self.data.fatal_items:
@@ -107,7 +110,7 @@ class TinyTask:
         self.config, self.accelerator, self.model, self.bare, self.seen = config, accelerator, model, bare, seen
         self.critic = critic
 
-    def training_step(self, batch: dict, step: int) -> loop.StepOutput:
+    def training_step(self, batch: dict, step: int) -> StepOutput:
         numbers = batch["sample_number"].tolist()
         if (step, self.accelerator.process_index) == (self.config.data.fatal_step, 1):
             time.sleep(2)  # long enough to be written down by the watch
@@ -122,10 +125,10 @@ class TinyTask:
                 denoised = self.bare(batch["x"] + noise)
             real, fake = self.critic(batch["x"], denoised)  # (B, 1) each
             loss = torch.relu(1 - real.float()).mean() + torch.relu(1 + fake.float()).mean()
-            return loop.StepOutput(loss * (torch.nan if self.config.data.nan_critic else 1), optimizer="critic")
+            return StepOutput(loss * (torch.nan if self.config.data.nan_critic else 1), optimizer="critic")
         loss = (self.model(batch["x"] + noise).float() - batch["x"]).square().mean(dim=1)  # (B,)
         bad = torch.tensor([n in self.config.data.nan_samples for n in numbers], device=loss.device)
-        return loop.StepOutput(torch.where(bad, torch.nan, loss).mean(), {"noise": noise.mean()})
+        return StepOutput(torch.where(bad, torch.nan, loss).mean(), {"noise": noise.mean()})
 
     def validate(self, step: int) -> dict[str, float]:
         x = draw_normal(0, "held out", range(4), (WIDTH,)).to(self.accelerator.device)
@@ -143,18 +146,10 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: TinyConfig) -> None:
-    config = loop.aside_if_replaying(config)
-    accelerator = runtime.start(config.run, config.optim.gradient_accumulation_steps)
-    stop = runtime.stop_signal(accelerator, config.run)
-    output_dir, rank = Path(config.run.output_dir), accelerator.process_index
+    session = training.start(config, num_networks=2 if config.data.alternate else 1)
+    config, accelerator = session.config, session.accelerator
     source = Source(config.data)
-    global_batch = loop.batch_of(accelerator, config)
-    loop.require_enough_items(len(source), config.data.batch_size, accelerator.num_processes)
-    groups = [source.group_of(i) for i in range(len(source))]
-    plan = SamplePlan(len(source), config.run.seed, global_batch, groups)
-    runtime.require_shared_folder(accelerator, output_dir)
-    fingerprint = {"num_items": len(source)}
-    resume_point = loop.find_resume_point(accelerator, config, output_dir, fingerprint)
+    course = training.course_of(session, source, [source.group_of(index) for index in range(len(source))])
 
     torch.manual_seed(0)
     bare = Model()
@@ -163,30 +158,16 @@ def train(config: TinyConfig) -> None:
     models = {"model": bare, "critic": critic} if config.data.alternate else {"model": bare}
     critic_optimizer = build_adamw(critic.parameters(), config.optim, accelerator.device)
     model, optimizer = accelerator.prepare(bare, optimizer)
-    schedule = lr_schedule(config.optim, loop.total_steps(config.run, len(source), global_batch), global_batch)
+    schedule = lr_schedule(config.optim, course.total_steps, course.plan.global_batch)
     ema = EMA(bare, config.optim.ema_decay) if config.optim.use_ema else None
     learners = {"model": Learner(model, optimizer, schedule, config.optim.max_grad_norm, ema)}
     if config.data.alternate:
         critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
         learners["critic"] = Learner(critic, critic_optimizer, schedule, config.optim.max_grad_norm)
 
-    run = loop.open_run(
-        accelerator,
-        config,
-        stop,
-        models=models,
-        learners=learners,
-        num_items=len(source),
-        fingerprint=fingerprint,
-        resume_point=resume_point,
-    )
-    task = TinyTask(config, accelerator, model, bare, critic, output_dir / f"seen-{rank}.txt")
-    loader = loop.open_loader(run, source, plan)
-    if config.run.replay:
-        replay(run, task, loader, Path(config.run.replay))
-    else:
-        loop.fit(run, task, loader, learners)
-    run.end()
+    run = training.open_run(session, course, models=models, learners=learners)
+    seen = Path(config.run.output_dir) / f"seen-{accelerator.process_index}.txt"
+    training.run_to_end(run, TinyTask(config, accelerator, model, bare, critic, seen), source)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Autoencoders: the documented lines, folders of weights, sizes that are refused."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from diffnext.models.autoencoders.autoencoder_kl_ltx_video import AutoencoderKLL
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.tiling import TemporalTiling
 from diffnext.models.posterior import DiagonalGaussianDistribution
-from diffnext.models.pretrained import PretrainedModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY_LTX = {"block_out_channels": [8, 16, 32, 64, 128], "layers_per_block": [1, 1, 1, 1, 1], "latent_channels": 8}
@@ -190,33 +188,6 @@ def test_legacy_names_shards_and_bin(image_vae: Path, tmp_path: Path) -> None:
         AutoencoderKL.from_pretrained(tmp_path / "shards")
 
 
-@dataclass(frozen=True)
-class LayerConfig:
-    width: int = 3
-
-
-class Layer(PretrainedModel):
-    """A layer with numbers that are not saved."""
-
-    config_class = LayerConfig
-
-    def __init__(self, config: LayerConfig) -> None:
-        super().__init__(config)
-        self.linear = torch.nn.Linear(config.width, config.width)
-        self.register_buffer("steps", torch.linspace(0, 1, 3), persistent=False)
-
-
-def test_what_is_not_saved_is_there_after_loading(tmp_path: Path) -> None:
-    saved = Layer.from_config({"width": 4})
-    saved.save_pretrained(tmp_path)
-    before = torch.random.get_rng_state()
-    loaded = Layer.from_pretrained(tmp_path, dtype=torch.float16)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert loaded.steps.tolist() == [0.0, 0.5, 1.0] and loaded.steps.dtype == torch.float32
-    assert torch.equal(loaded.linear.weight, saved.linear.weight.half())
-    assert loaded.linear.weight.requires_grad
-
-
 def test_scale_without_weights(image_vae: Path) -> None:
     vae = latent_scale(image_vae)
     assert all(each.is_meta for each in vae.parameters())
@@ -249,7 +220,7 @@ def test_released_settings_are_known(image_vae: Path, tmp_path: Path) -> None:
         ({"_class_name": "AutoencoderTiny"}, "this configuration is of AutoencoderTiny, not of AutoencoderKL"),
         ({"latent_channels": 8}, "encoder.conv_out.weight (8, 32, 3, 3) instead of (16, 32, 3, 3)"),
         ({"layers_per_block": 2}, "missing: encoder.down_blocks.0.resnets.1.norm1.weight"),
-        ({"use_quant_conv": False}, "2 unknown: quant_conv.bias, quant_conv.weight"),
+        ({"use_quant_conv": False}, "2 unexpected: quant_conv.bias, quant_conv.weight"),
     ],
 )
 def test_folders_that_do_not_fit(image_vae: Path, tmp_path: Path, config: dict, message: str) -> None:
@@ -264,10 +235,10 @@ def test_folders_that_are_incomplete(image_vae: Path, tmp_path: Path) -> None:
         AutoencoderKL.from_pretrained(tmp_path)
     folder = copy_with(image_vae, tmp_path / "vae")
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{WEIGHTS} cannot be read as weights"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS} was refused: it is damaged"):
         AutoencoderKL.from_pretrained(folder)
     (folder / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match="no weights .*; the folder holds config.json"):
+    with pytest.raises(FileNotFoundError, match="no weights in .*; tried: .* holds config.json$"):
         AutoencoderKL.from_pretrained(folder)
     with pytest.raises(
         ValueError, match="_class_name is 'VQModel', but must be one of AutoencoderKL, AutoencoderKLOpen"
@@ -278,7 +249,7 @@ def test_folders_that_are_incomplete(image_vae: Path, tmp_path: Path) -> None:
 def test_a_pickle_with_code_is_refused(image_vae: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((image_vae / "config.json").read_text())
     torch.save({"x": Path("/")}, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin cannot be read as weights"):
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin was refused: .* more than tensors"):
         AutoencoderKL.from_pretrained(tmp_path)
 
 

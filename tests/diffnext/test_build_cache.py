@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 import diffnext.build_cache as build_cache
+from common import tools
 from common.video import save_image, write_video
 from diffnext.data import records as codewithgpu
 from diffnext.data.records import RecordDataset
@@ -241,7 +242,7 @@ def test_settings_that_are_refused(media: Path, tmp_path: Path, capsys: pytest.C
     message = failure(["--frame_ids", "9:3", "--crop_sise", "3"], capsys)
     assert "frame_ids is '9:3', but must be start:stop:step with at least one frame, e.g. 0:65:2" in message
     assert "--crop_sise (flag) is unknown; did you mean crop_size" in message
-    assert "--source (table or folder of media) is required" in failure([], capsys)
+    assert "--source is required: table or folder of media" in failure([], capsys)
     wrong = video_flags(media, tmp_path / "out", "--frame_ids", "0:17:3", "--crop_size", "40,60")
     assert "a width of 60 px is no multiple of 8: use 56 or 64" in failure(wrong, capsys)
     assert "the end of 6 frames would be lost: use 5 or 9" in failure([*wrong, "--crop_size", "40,64"], capsys)
@@ -336,7 +337,7 @@ def test_an_interruption_loses_one_shard(
 def test_kills_while_shards_are_merged(
     media: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    write, remove = build_cache._write_text, shutil.rmtree
+    write, remove = tools.write_text, shutil.rmtree
 
     def killed_writing(path: Path, text: str) -> None:
         if path.name == moment:
@@ -350,7 +351,7 @@ def test_kills_while_shards_are_merged(
         remove(path, ignore_errors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_cache, "_write_text", killed_writing)
+        patch.setattr(tools, "write_text", killed_writing)
         patch.setattr(build_cache.shutil, "rmtree", killed_removing)
         with pytest.raises(KeyboardInterrupt):
             build(image_flags(media, tmp_path / "cache"))

@@ -20,7 +20,7 @@ FEW = ["--num_inference_steps", "3", "--num_diffusion_steps", "2", "--device", "
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_cpu(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device cpu` hides the GPUs: from this test alone."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
@@ -65,11 +65,12 @@ def run(arguments: list[str], num_processes: int = 1) -> dict:
 
 def test_images_of_a_file_of_prompts(t2i: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     prompts = write_prompts(tmp_path / "p.txt", ["a red, fox", "", "snow"])
-    arguments = ["--pretrained_path", str(t2i), "--prompts", prompts, "--output", str(tmp_path / "out"), *FEW]
+    arguments = ["--model", str(t2i), "--prompts", prompts, "--output_dir", str(tmp_path / "out"), *FEW]
     main(arguments)
     assert files(tmp_path / "out") == ["00000.json", "00000.png", "00001.json", "00001.png"]
     assert load_image(tmp_path / "out" / "00000.png").size == (64, 64)
     made = json.loads((tmp_path / "out" / "00001.json").read_text())
+    assert made["settings"]["pretrained_path"] == str(t2i)
     assert made["prompt"] == "snow" and made["prompt_number"] == 1 and made["settings"]["num_inference_steps"] == 3
     assert "2 of 2 results are there" in capsys.readouterr().out
 
@@ -85,9 +86,9 @@ def test_images_of_a_file_of_prompts(t2i: Path, tmp_path: Path, capsys: pytest.C
 
 def test_batches_and_processes_do_not_count(t2i: Path, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "p.txt", ["fox", "snow", "a very long prompt that is cut"])
-    arguments = ["--pretrained_path", str(t2i), "--prompts", prompts, "--num_images_per_prompt", "2"]
-    run([*arguments, "--output", str(tmp_path / "one"), "--batch_size", "1"])
-    run([*arguments, "--output", str(tmp_path / "two"), "--batch_size", "3"], num_processes=2)
+    arguments = ["--model", str(t2i), "--prompts", prompts, "--num_images_per_prompt", "2"]
+    run([*arguments, "--output_dir", str(tmp_path / "one"), "--batch_size", "1"])
+    run([*arguments, "--output_dir", str(tmp_path / "two"), "--batch_size", "3"], num_processes=2)
     names = [f"{prompt:05d}_{result}.png" for prompt in range(3) for result in range(2)]
     assert [name for name in files(tmp_path / "one") if name.endswith(".png")] == names
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -106,8 +107,8 @@ def test_videos_with_their_own_first_frames(t2v: Path, tmp_path: Path) -> None:
         {"prompt": "fox", "negative_prompt": "snow"},
     ]
     prompts = write_prompts(tmp_path / "p.json", entries)
-    arguments = ["--pretrained_path", str(t2v), "--prompts", prompts, "--max_latent_length", "2", "--batch_size", "4"]
-    assert run([*arguments, "--output", str(tmp_path / "out"), "--fps", "6"]) == {}
+    arguments = ["--model", str(t2v), "--prompts", prompts, "--max_latent_length", "2", "--batch_size", "4"]
+    assert run([*arguments, "--output_dir", str(tmp_path / "out"), "--fps", "6"]) == {}
     assert [name for name in files(tmp_path / "out") if name.endswith(".mp4")] == [f"0000{n}.mp4" for n in range(3)]
     info = probe_video(tmp_path / "out" / "00000.mp4")
     assert (info.num_frames, info.fps, info.width_px, info.height_px) == (5, 6, 96, 64)
@@ -123,7 +124,7 @@ def test_embeddings_need_no_text_encoder(t2i: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "text_encoder")
     np.save(tmp_path / "a.npy", np.ones((3, 32), np.float16))
     prompts = write_prompts(tmp_path / "p.json", [{"prompt": "a fox, encoded before", "embedding": "a.npy"}])
-    arguments = ["--pretrained_path", str(folder), "--prompts", prompts, "--output", str(tmp_path / "out")]
+    arguments = ["--model", str(folder), "--prompts", prompts, "--output_dir", str(tmp_path / "out")]
     assert run([*arguments, "--guidance_scale", "1"]) == {}
     assert files(tmp_path / "out") == ["00000.json", "00000.png"]
 
@@ -133,7 +134,7 @@ def test_weights_of_a_checkpoint(t2i: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-5"
     shutil.copytree(t2i / "transformer", checkpoint / "transformer")
     shutil.copytree(other, checkpoint / "transformer_ema")
-    arguments = ["--pretrained_path", str(t2i), "--prompt", "fox"]
+    arguments = ["--model", str(t2i), "--prompt", "fox"]
     pictures = {}
     choices = {
         "own": [],
@@ -142,21 +143,21 @@ def test_weights_of_a_checkpoint(t2i: Path, tmp_path: Path) -> None:
         "other": [str(other)],
     }
     for name, choice in choices.items():
-        run([*arguments, "--output", str(tmp_path / name), *(["--transformer", *choice] if choice else [])])
+        run([*arguments, "--output_dir", str(tmp_path / name), *(["--transformer", *choice] if choice else [])])
         pictures[name] = (tmp_path / name / "00000.png").read_bytes()
     assert pictures["own"] == pictures["raw"] != pictures["ema"] == pictures["other"]
     shutil.rmtree(checkpoint / "transformer_ema")
     with pytest.raises(
         FileNotFoundError, match="has no transformer_ema/config.json; it holds transformer. Give a check"
     ):
-        run([*arguments, "--output", str(tmp_path / "x"), "--transformer", str(checkpoint), "--use_ema", "true"])
+        run([*arguments, "--output_dir", str(tmp_path / "x"), "--transformer", str(checkpoint), "--use_ema", "true"])
 
 
 def test_results_made_otherwise_are_not_mixed(t2i: Path, tmp_path: Path) -> None:
-    arguments = ["--pretrained_path", str(t2i), "--prompt", "fox", "--output", str(tmp_path)]
+    arguments = ["--model", str(t2i), "--prompt", "fox", "--output_dir", str(tmp_path)]
     run(arguments)
     with pytest.raises(
-        ValueError, match="00000.json was made with another seed: give another --output, or --overwrite"
+        ValueError, match="00000.json was made with another seed: give another --output_dir, or --overwrite"
     ):
         run([*arguments, "--seed", "1"])
     before = (tmp_path / "00000.png").read_bytes()
@@ -171,7 +172,7 @@ def test_one_that_cannot_be_made_does_not_take_the_others_with_it(
     (tmp_path / "bad.png").write_bytes(b"none")
     entries = [{"prompt": "fox", "image": name} for name in ("good.png", "bad.png")]
     prompts = write_prompts(tmp_path / "p.json", entries)
-    arguments = ["--pretrained_path", str(t2v), "--prompts", prompts, "--output", str(tmp_path / "out")]
+    arguments = ["--model", str(t2v), "--prompts", prompts, "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as end:
         main([*arguments, "--max_latent_length", "2", "--batch_size", "2", *FEW])
     assert end.value.code == 1
@@ -180,15 +181,21 @@ def test_one_that_cannot_be_made_does_not_take_the_others_with_it(
     assert files(tmp_path / "out") == ["00000.json", "00000.mp4"]
 
 
+def test_older_spellings_hold() -> None:
+    old = "--pretrained_path m --output o --prompt fox".split()
+    assert PARSER.parse(old) == PARSER.parse("--model m --output_dir o --prompt fox".split())
+    assert PARSER.parse(old) == PARSER.parse("model.pretrained_path=m data.output=o --prompt fox".split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
-            ["--output", "x", "--pretrained_path", "y"],
+            ["--output_dir", "x", "--model", "y"],
             "either --prompt (text) or --prompts (file of prompts) is required",
         ),
-        (["--prompt", "a", "--pretrained_path", "y"], "--output is required: a folder for results"),
-        (["--prompt", "a", "--output", "x"], "--pretrained_path is required: the folder, or hub id"),
+        (["--prompt", "a", "--model", "y"], "--output_dir is required: a folder for results"),
+        (["--prompt", "a", "--output_dir", "x"], "--model is required: the folder, or hub id"),
         (["--prompt", "a", "--guidance_scal", "3"], "guidance_scale"),
         (
             ["--prompt", "a", "--image_guidance_scale", "2", "--guidance_scale", "1"],
@@ -219,19 +226,19 @@ def test_commands_that_cannot_be(arguments: list[str], message: str, capsys: pyt
 def test_files_of_prompts_that_cannot_be(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(ValueError) as error:
-        run(["--pretrained_path", "x", "--prompts", str(tmp_path / "p.json"), "--output", str(tmp_path / "out")])
+        run(["--model", "x", "--prompts", str(tmp_path / "p.json"), "--output_dir", str(tmp_path / "out")])
     assert message in str(error.value)
 
 
 def test_what_does_not_fit_the_model_is_said_once_and_early(t2i: Path, t2v: Path, tmp_path: Path) -> None:
     def fails(*arguments: str) -> str:
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            run(["--prompt", "a", "--output", str(tmp_path), *arguments])
+            run(["--prompt", "a", "--output_dir", str(tmp_path), *arguments])
         return str(error.value)
 
-    assert "but this model makes single images" in fails("--pretrained_path", str(t2i), "--max_latent_length", "9")
-    assert "videos of at most 16 latent frames" in fails("--pretrained_path", str(t2v), "--max_latent_length", "17")
-    assert "would be lost: use 5 or 9" in fails("--pretrained_path", str(t2v), "--max_latent_length", "8")
-    assert "flow_shift=2.0 has no meaning for DDPMSched" in fails("--pretrained_path", str(t2v), "--flow_shift", "2")
-    assert "nowhere is neither a folder nor a model" in fails("--pretrained_path", str(tmp_path / "nowhere"))
-    assert "must be a folder" in fails("--pretrained_path", str(t2i), "--output", str(tmp_path / "a.png"))
+    assert "but this model makes single images" in fails("--model", str(t2i), "--max_latent_length", "9")
+    assert "videos of at most 16 latent frames" in fails("--model", str(t2v), "--max_latent_length", "17")
+    assert "would be lost: use 5 or 9" in fails("--model", str(t2v), "--max_latent_length", "8")
+    assert "flow_shift=2.0 has no meaning for DDPMSched" in fails("--model", str(t2v), "--flow_shift", "2")
+    assert "nowhere is neither a folder nor a model" in fails("--model", str(tmp_path / "nowhere"))
+    assert "must be a folder" in fails("--model", str(t2i), "--output_dir", str(tmp_path / "a.png"))

@@ -103,7 +103,7 @@ def test_mixer_is_not_dropped_in_silence(tmp_path: Path) -> None:
     tiny(video_mixer_rank=3).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "video_mixer_rank": None}))
-    with pytest.raises(ValueError, match=r"3 unknown: video_encoder\.mixer\.lora\.weight"):
+    with pytest.raises(ValueError, match=r"3 unexpected: video_encoder\.mixer\.lora\.weight"):
         NOVATransformer3DModel.from_pretrained(tmp_path)
 
 

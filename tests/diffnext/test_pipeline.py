@@ -283,7 +283,7 @@ def test_text_encoders_that_do_not_fit_are_refused(t2i: Path, tmp_path: Path) ->
     state = load_file(path)
     state["model.extra"] = state.pop("model.final_layernorm.bias")
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="1 missing: model.final_layernorm.bias; 1 unknown: model.extra"):
+    with pytest.raises(ValueError, match="1 missing: model.final_layernorm.bias; 1 unexpected: model.extra"):
         PhiEncoderModel.from_pretrained(tmp_path / "phi")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="the text encoder in .*phi cannot be loaded"):

@@ -2,81 +2,57 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import make_tiny_checkpoints
 import numpy as np
 import pytest
+import running
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from running import ROOT, metrics
 from safetensors.torch import load_file
+from trainers import make_diffnext
 
 from diffnext.data.records import RecordWriter
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
-from diffnext.train import main
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 CONFIGS = {"t2i": "nova_d48w1024_sdxl1024", "t2v": "nova_d48w1024_osp480"}
-RESULTS = {"step", "kind", "loss", "loss_t2i", "loss_i2i", "grad_norm", "lr", "epoch"}
-NUM_RECORDS = 16
-
-
-def write_cache(folder: Path, shape: tuple[int, ...], *, embedded: bool = False) -> Path:
-    """Random latents with captions: texts, or for `embedded` encoded ones of differing lengths."""
-    text = {"data": "bytes", "shape": ["int64"]} if embedded else "string"
-    features = {"moments": "bytes", "caption": text, "text": text, "shape": ["int64"]}
-    features |= {"flow": "float64"} if len(shape) == 4 else {}
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    with RecordWriter(str(folder), features) as writer:
-        for number in range(NUM_RECORDS):
-            moments = rng.standard_normal(shape).astype(np.float16)
-            moments[shape[0] // 2 :] -= 3
-            caption, short = f"A thing with the number {number}. It is long.", f"thing {number}"
-            if embedded:
-                values = rng.standard_normal((number % 3 + 1, 32)).astype(np.float16)
-                caption = short = {"data": values.tobytes(), "shape": list(values.shape)}
-            example = {"shape": shape, "moments": moments.tobytes(), "caption": caption, "text": short}
-            writer.write(example | ({"flow": float(number % 5 + 1)} if len(shape) == 4 else {}))
-    return folder
 
 
 @pytest.fixture(scope="session")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny NOVA folders."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny NOVA pipelines and of latents of the sizes that these have."""
     root = tmp_path_factory.mktemp("nova")
-    return {kind: make_tiny_checkpoints.make_nova_checkpoint(root / kind, kind, 0) for kind in CONFIGS}
+    for kind in CONFIGS:
+        make_diffnext(root / kind, kind)
+    return {kind: root / kind for kind in CONFIGS}
 
 
 @pytest.fixture(scope="session")
-def caches(tmp_path_factory: pytest.TempPathFactory, pipelines: dict[str, Path]) -> dict[str, Path]:
-    """Latents of the sizes that the tiny folders have."""
-    root, found = tmp_path_factory.mktemp("caches"), {}
-    for kind, folder in pipelines.items():
-        network = json.loads((folder / "transformer" / "config.json").read_text())
-        height, width = (side // network["image_stride"] for side in network["image_size"])
-        frames = () if kind == "t2i" else (min(5, network["video_base_size"][0]),)
-        found[kind] = write_cache(root / kind, (2 * network["image_dim"], *frames, height, width))
-    return found
+def pipelines(made: dict[str, Path]) -> dict[str, Path]:
+    return {kind: folder / "model" for kind, folder in made.items()}
+
+
+@pytest.fixture(scope="session")
+def caches(made: dict[str, Path]) -> dict[str, Path]:
+    return {kind: folder / "data" for kind, folder in made.items()}
 
 
 @pytest.fixture(autouse=True)
-def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Works in the repository root, as documented, and lets training start anew in this process afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+def in_the_root(monkeypatch: pytest.MonkeyPatch, clean_process: None) -> None:
+    """Works in the repository root, as documented."""
     monkeypatch.chdir(ROOT)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+
+
+def train(*words: object) -> None:
+    running.train("diffnext", *words)
+
+
+def launch(*words: str, config: str, processes: int = 1) -> str:
+    """Runs `accelerate launch` with a launcher file of ours, and returns what it printed."""
+    launcher = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}", "--num_processes", processes]
+    more = ["--main_process_port", "0", "scripts/train.py", *words]
+    return running.launch(*launcher, *more, environment={"DS_ACCELERATOR": "cpu"})
 
 
 def words_of(kind: str, pipelines: dict[str, Path], caches: dict[str, Path], output_dir: Path) -> list[str]:
@@ -98,45 +74,19 @@ def words_of(kind: str, pipelines: dict[str, Path], caches: dict[str, Path], out
     ]
 
 
-def train(*words: object) -> None:
-    """One training run in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    main([str(word) for word in words])
-
-
-def launch(*words: str, config: str, processes: int = 1) -> str:
-    """Runs `accelerate launch` with a launcher file of ours, and returns what it printed."""
-    command = [BIN / "accelerate", "launch", "--config_file", f"accelerate_configs/{config}"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "scripts/train.py", *words]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def metrics(output_dir: Path) -> list[dict]:
-    """metrics.jsonl without the clock's readings."""
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key in RESULTS} for record in records]
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
 def test_the_documented_command_without_deepspeed_with_one_and_two_processes(
-    kind: str, pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path
+    pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["training.mixed_precision=fp32", "ema.params.update_every=2"]
     accumulated = "training.gradient_accumulation_steps=2"
-    launch(*words_of(kind, pipelines, caches, one), *more, accumulated, config="ddp.yaml")
-    launch(*words_of(kind, pipelines, caches, two), *more, config="ddp.yaml", processes=2)
-    losses = {"loss"} if kind == "t2i" else {"loss", "loss_t2i", "loss_i2i"}
+    launch(*words_of("t2v", pipelines, caches, one), *more, accumulated, config="ddp.yaml")
+    launch(*words_of("t2v", pipelines, caches, two), *more, config="ddp.yaml", processes=2)
+    losses = {"loss", "loss_t2i", "loss_i2i"}
     for ours, reference in zip(metrics(two), metrics(one), strict=True):
         assert losses <= set(reference)
         for name in losses | {"grad_norm", "lr"}:
@@ -203,7 +153,7 @@ def test_the_documented_commands_with_fsdp2(
     launch(*words_of(kind, pipelines, caches, plain), *more, config="ddp.yaml", processes=2)
     launch(*words_of(kind, pipelines, caches, sharded), *more, config="fsdp2.yaml", processes=2)
     for ours, reference in zip(metrics(sharded), metrics(plain), strict=True):
-        for name in RESULTS & set(reference) - {"kind"}:
+        for name in reference.keys() - {"kind"}:
             assert ours[name] == pytest.approx(reference[name], rel=1e-4), name
     for name in ("checkpoint-4/transformer", "checkpoint-4/transformer_ema", "export/transformer"):
         ours, theirs = weights(sharded / name), weights(plain / name)

@@ -1,22 +1,21 @@
 """One tiny checkpoint and one small data set for all tests of the refiner."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-import make_demo_data
-import make_tiny_checkpoints
 import pytest
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tiny: Callable[[str], Path]) -> Path:
     """A folder structurally identical to stable-diffusion-2-1-unclip."""
-    return make_tiny_checkpoints.make_refiner_checkpoint(tmp_path_factory.mktemp("ckpt") / "tiny-unclip")
+    return tiny("gaussian_refiner") / "model"
 
 
 @pytest.fixture(scope="session")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_folder(tiny: Callable[[str], Path]) -> Path:
     """A folder with example_kitti.json: 16 items, of which the last 10 are held out."""
-    return make_demo_data.make_refiner_data(tmp_path_factory.mktemp("data") / "pairs", items=16).parent
+    return tiny("gaussian_refiner") / "data"
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from gaussian_refiner.models.self_mutual_attention import (
     SelfMutualAttnProcessor,
     install_self_mutual_attention,
 )
-from gaussian_refiner.models.unet import load_unet, parameter_dtype, widen_conv_in
+from gaussian_refiner.models.unet import load_unet, widen_conv_in
 
 KEYS_DIR = Path(__file__).resolve().parents[3] / "shared" / "specs" / "keys"
 EMBED = 12  # width of the tiny image embedding
@@ -248,8 +248,6 @@ def test_widened_unet_starts_as_the_stock_one(dtype: torch.dtype) -> None:
 def test_widening_refuses_other_channel_counts() -> None:
     with pytest.raises(ValueError, match=r"conv_in takes 9 channels: expected 4 .* or 8"):
         widen_conv_in(tiny_unet(in_channels=9))
-    with pytest.raises(ValueError, match="in_channels=3 is below the 4 channels"):
-        widen_conv_in(tiny_unet(), in_channels=3)
 
 
 def trained_unet() -> UNet2DConditionModel:
@@ -280,7 +278,7 @@ def test_saved_unet_reloads_in_stock_diffusers(tmp_path: Path) -> None:
     # A loaded UNet can be saved again: its weights are no aliases of the file.
     load_unet(tmp_path).save_pretrained(tmp_path / "again")
     assert_same_weights(load_unet(tmp_path / "again", subfolder=None), unet)
-    assert parameter_dtype(load_unet(tmp_path, torch_dtype=torch.bfloat16)) == torch.bfloat16
+    assert load_unet(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_stock_folder_is_widened(tmp_path: Path) -> None:
@@ -308,7 +306,7 @@ def test_sharded_folder_and_lone_file(tmp_path: Path) -> None:
     assert len(shards) > 1
     assert_same_weights(load_unet(tmp_path), unet)
     shards[0].unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{shards[0].name} is missing: the checkpoint is incomplete"):
+    with pytest.raises(FileNotFoundError, match=rf"unet lacks {shards[0].name}, which .*index.json names"):
         load_unet(tmp_path)
 
     file = tmp_path / "weights.bin"
@@ -316,33 +314,6 @@ def test_sharded_folder_and_lone_file(tmp_path: Path) -> None:
     assert_same_weights(load_unet(file, base_config=tiny_unet().config), unet)
     with pytest.raises(FileNotFoundError, match="no config at .*config.json: .* or pass base_config"):
         load_unet(file)
-
-
-class Bomb:
-    """Unpickles by creating a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-def test_files_that_are_no_plain_weights_are_refused(tmp_path: Path) -> None:
-    config = tiny_unet().config
-    bomb, file = tmp_path / "exploded", tmp_path / "weights.bin"
-    torch.save({"conv_in.weight": Bomb(bomb)}, file)
-    with pytest.raises(ValueError, match="weights.bin was refused: .*more than tensors"):
-        load_unet(file, base_config=config)
-    assert not bomb.exists()
-    for content in (b"", b"not a checkpoint"):
-        for name in ("weights.bin", "weights.safetensors"):
-            (tmp_path / name).write_bytes(content)
-            with pytest.raises(ValueError, match=f"{name} was refused: it is damaged"):
-                load_unet(tmp_path / name, base_config=config)
-    torch.save({"state_dict": {"conv_in.weight": torch.zeros(1)}}, file)
-    with pytest.raises(ValueError, match="does not hold a plain state dict"):
-        load_unet(file, base_config=config)
 
 
 def test_loading_errors_name_keys_shapes_and_places(tmp_path: Path) -> None:
@@ -362,7 +333,7 @@ def test_loading_errors_name_keys_shapes_and_places(tmp_path: Path) -> None:
         load_with(**{"conv_in.weight": None})
     with pytest.raises(ValueError, match="conv_in takes 9 channels"):
         load_with(**{"conv_in.weight": torch.zeros(8, 9, 3, 3)})
-    with pytest.raises(FileNotFoundError, match="no UNet weights under .*; tried: .*unet/diffusion_pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match="no weights in .*unet or .*; tried: .*diffusion_pytorch_model.bin"):
         load_unet(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder: /no/such/place"):
         load_unet("/no/such/place")

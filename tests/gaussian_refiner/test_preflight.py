@@ -7,21 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from running import train
 
 from common import preflight
-from gaussian_refiner.train import main
 
 SMALL = "--height_px 64 --num_inference_steps 2 --report_to none --train_batch_size 2 --preflight".split()
 
 
 def run_preflight(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a preflight in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     with pytest.raises(SystemExit) as caught:
-        main([*SMALL, *flags])
+        train("gaussian_refiner", *SMALL, *flags)
     return int(caught.value.code or 0), *capsys.readouterr()
 
 

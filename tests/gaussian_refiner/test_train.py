@@ -3,54 +3,39 @@
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import running
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from running import metrics
 from safetensors.torch import load_file
 
-from gaussian_refiner.train import main
-
 ENTRY = Path(__file__).parents[2] / "gaussian_refiner" / "train_repair_cross_attn_version.py"
-ACCELERATE = str(Path(sys.executable).with_name("accelerate"))
 # What the guide's commands are given beside their own flags, so that they end soon on small windows.
 SMALL = "--height_px 64 --num_inference_steps 2 --max_validation_items 2 --report_to none"
+QUICK = [*SMALL.split(), "--train_batch_size", "2", "--gradient_accumulation_steps", "2"]
 SINGLE = """accelerate launch --num_processes 1 --mixed_precision fp16 train_repair_cross_attn_version.py
   --pretrained_model_name_or_path {checkpoint} --output_dir {output_dir} --train_batch_size 1
   --gradient_accumulation_steps 20 --num_train_epochs 1 --validation_epochs 1"""
-MULTI = """accelerate launch --multi_gpu --num_processes 2 --mixed_precision fp16 train_repair_cross_attn_version.py
-  --pretrained_model_name_or_path {checkpoint} --output_dir {output_dir} --train_batch_size 1
-  --gradient_accumulation_steps 10 --max_train_steps 1"""
 
 
 def launch(command: str, **values: object) -> str:
-    """Runs a command of the guide, the script by its full path, and returns what it printed."""
+    """Runs a command of the guide, the script by its full path, from the working directory."""
     words = shlex.split(command.format(**values) + " " + SMALL)
-    words = [{"accelerate": ACCELERATE, ENTRY.name: str(ENTRY)}.get(word, word) for word in words]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return running.launch(*[{ENTRY.name: str(ENTRY)}.get(word, word) for word in words], folder=Path.cwd())
 
 
 def train(*flags: str) -> None:
-    """One training run in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    main([*SMALL.split(), "--train_batch_size", "2", "--gradient_accumulation_steps", "2", *flags])
+    running.train("gaussian_refiner", *QUICK, *flags)
 
 
-def metrics(output_dir: Path) -> list[dict]:
-    """metrics.jsonl without the clock's readings."""
-    results = "step kind loss mse_cond mse_target grad_norm lr epoch psnr ssim lpips psnr_render psnr_vae".split()
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k in results} for record in records]
+def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    return running.refused(capsys, "gaussian_refiner", *QUICK, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +66,6 @@ def test_the_documented_single_gpu_command_trains_validates_and_exports(single: 
     assert np.asarray(Image.open(single / "validation/step-000001/000-gt.png")).shape == (64, 64, 3)
     expected = {"manifest.json", "optimizer.bin", "random_states_0.pkl", "trainer_state.json", "unet"}
     assert {p.name for p in (single / "checkpoint-1").iterdir()} == expected
-
-
-def test_the_documented_multi_gpu_command_matches_one_process(
-    single: Path, tmp_path: Path, checkpoint: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(data_folder)
-    launch(MULTI, checkpoint=checkpoint, output_dir=tmp_path / "run")
-    for ours, reference in zip(metrics(tmp_path / "run"), metrics(single), strict=True):
-        for name, value in reference.items():
-            if name not in ("kind", "step"):
-                assert ours[name] == pytest.approx(value, rel=1e-4), name
-    names = [p.name for p in (tmp_path / "run" / "checkpoint-1").iterdir()]
-    assert {"random_states_0.pkl", "random_states_1.pkl"} <= set(names)  # every process saves
 
 
 def test_exports_reload_in_stock_diffusers(single: Path, checkpoint: Path) -> None:
@@ -152,16 +124,6 @@ def test_cached_windows_give_the_loss_of_raw_ones(tmp_path: Path, in_data_folder
     train(*flags, "--output_dir", str(tmp_path / "again"), *cached)
     assert entries == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
     assert metrics(tmp_path / "again") == metrics(tmp_path / "cached")
-
-
-def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What a run that cannot start prints; it must be one message and no traceback."""
-    with pytest.raises(SystemExit) as exit:
-        train(*flags)
-    assert exit.value.code in (1, 2)
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
 
 
 def test_a_cache_of_other_windows_is_refused(

@@ -3,12 +3,10 @@
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import vectors as golden
-from torch import nn
-from vectors import Vectors
+from vectors import KEYS_DIR, Vectors
 
 from diffnext.models.autoencoders import CLASSES
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -18,37 +16,16 @@ from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOp
 from diffnext.models.posterior import DiagonalGaussianDistribution
 
 TRAINER = "diffnext"
-KEYS_DIR = golden.GOLDEN_DIR.parent / "specs" / "keys"
 
 
 def build(vectors: Vectors, model_class: Any) -> Any:
     """The model of a file's config with its stored weights, or with those that its rule makes."""
     model = model_class.from_config(vectors.config)
-    state = vectors.under("sd.") or rule_weights(model, vectors.header["weights_seed"])
+    state = vectors.under("sd.") or golden.rule_weights(model, vectors.header["weights_seed"])
     for name, total in vectors.header.get("weights_check", {}).items():
         assert float(state[name].double().sum()) == pytest.approx(total, abs=1e-9), name
     model.load_state_dict({name: value.float() for name, value in state.items()})
     return model.eval()
-
-
-def check(vectors: Vectors, name: str, actual: torch.Tensor) -> None:
-    """Compare with tensor `name` at the file's one tolerance."""
-    torch.testing.assert_close(
-        actual, vectors[name], **vectors.header["tolerance"], msg=lambda text: f"{vectors.path.name}: {name}: {text}"
-    )
-
-
-def rule_weights(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Random weights that follow from a seed and the sorted names."""
-    state = {}
-    for i, (name, value) in enumerate(sorted(model.state_dict().items())):
-        n = np.random.RandomState(seed * 100003 + i).standard_normal(tuple(value.shape)).astype(np.float32)
-        if n.ndim > 1:
-            n = n / np.sqrt(n.size / n.shape[0])
-        else:
-            n = 1 + 0.1 * n if n.ndim == 1 and name.endswith(".weight") else 0.1 * n
-        state[name] = torch.as_tensor(n).half().float()
-    return state
 
 
 @pytest.mark.parametrize("path", [*sorted(KEYS_DIR.glob("vae_*AutoencoderKL*.json"))] or [None], ids=str)
@@ -70,16 +47,16 @@ def test_gaussian(vectors: Vectors) -> None:
     posterior = DiagonalGaussianDistribution(vectors["z"])
     assert posterior.parameters is vectors["z"]
     for name in ("mean", "logvar", "std", "var"):
-        check(vectors, name, getattr(posterior, name))
+        vectors.check(name, getattr(posterior, name))
     odd = DiagonalGaussianDistribution(vectors["odd.z"])
-    check(vectors, "odd.mean", odd.mean)
-    check(vectors, "odd.logvar", odd.logvar)
+    vectors.check("odd.mean", odd.mean)
+    vectors.check("odd.logvar", odd.logvar)
     sample = DiagonalGaussianDistribution(vectors["bf16.z"]).sample(noise=vectors["bf16.noise"])
-    check(vectors, "bf16.sample", sample)
+    vectors.check("bf16.sample", sample)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config({"scaling_factor": 0.13025})
     assert vae.scale_(sample) is sample
-    check(vectors, "bf16.scaled", sample)
+    vectors.check("bf16.scaled", sample)
 
 
 @torch.no_grad()
@@ -88,14 +65,14 @@ def test_kl(vectors: Vectors) -> None:
     vae = build(vectors, AutoencoderKL)
     posterior = vae.encode(vectors["x"]).latent_dist
     for name in ("parameters", "mean", "logvar", "std"):
-        check(vectors, name, getattr(posterior, name))
+        vectors.check(name, getattr(posterior, name))
     sample = posterior.sample(noise=vectors["noise"])
-    check(vectors, "sample", sample)
-    check(vectors, "scaled", vae.scale_(sample.clone()))
-    check(vectors, "unscaled", vae.unscale_(vae.scale_(sample.clone())))
-    check(vectors, "decoded", vae.decode(vectors["z"]).sample)
+    vectors.check("sample", sample)
+    vectors.check("scaled", vae.scale_(sample.clone()))
+    vectors.check("unscaled", vae.unscale_(vae.scale_(sample.clone())))
+    vectors.check("decoded", vae.decode(vectors["z"]).sample)
     z5d = vectors["z5d"].clone()
-    check(vectors, "decoded_5d", vae.decode(z5d).sample)
+    vectors.check("decoded_5d", vae.decode(z5d).sample)
     assert z5d.shape == vectors["z5d"].shape, "the caller's tensor has changed its shape"
 
 
@@ -107,9 +84,9 @@ def check_codings(vectors: Vectors, vae: Any) -> None:
             posterior = vae.encode(vectors[name].float()).latent_dist
             for output in ("parameters", "mean", "logvar"):
                 if f"{case}.{output}" in vectors:
-                    check(vectors, f"{case}.{output}", getattr(posterior, output))
+                    vectors.check(f"{case}.{output}", getattr(posterior, output))
         elif kind == "z" and f"{case}.sample" in vectors:
-            check(vectors, f"{case}.sample", vae.decode(vectors[name].float()).sample)
+            vectors.check(f"{case}.sample", vae.decode(vectors[name].float()).sample)
 
 
 @torch.no_grad()
@@ -129,4 +106,4 @@ def test_cogvideox(vectors: Vectors) -> None:
 def test_ltx(vectors: Vectors) -> None:
     vae = build(vectors, AutoencoderKLLTXVideo)
     check_codings(vectors, vae)
-    check(vectors, "decoded_untiled", vae.decode(vectors["z"].float(), timestep=vectors["temb"]).sample)
+    vectors.check("decoded_untiled", vae.decode(vectors["z"].float(), timestep=vectors["temb"]).sample)

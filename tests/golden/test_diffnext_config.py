@@ -66,13 +66,7 @@ def test_learning_rates(case: dict[str, Any], content: dict[str, Any]) -> None:
 def test_moving_average(case: dict[str, Any], content: dict[str, Any]) -> None:
     weights = [torch.tensor(value) for value in case["params"]]
     module = nn.Linear(weights[0].shape[1], weights[0].shape[0])
-    random = {}
-    for number, key in enumerate(sorted(module.state_dict())):
-        shape = tuple(module.state_dict()[key].shape)
-        values = np.random.RandomState(case["weights_seed"] * 100003 + number).standard_normal(shape).astype(np.float32)
-        values = values / np.sqrt(values.size / shape[0]) if len(shape) > 1 else 0.1 * values
-        random[key] = torch.from_numpy(np.float32(np.float16(values)))
-    module.load_state_dict(random)
+    module.load_state_dict(golden.rule_weights(module, case["weights_seed"]))
     module.bias.requires_grad_(False)
     ema = EMA(module, case["decay"], warmup=False)
     for value, expected in zip(weights, case["ema_weight"], strict=True):

@@ -3,8 +3,6 @@
 from types import SimpleNamespace
 
 import diffusers
-import numpy as np
-import pytest
 import torch
 import vectors as golden
 from torch import Tensor
@@ -26,33 +24,6 @@ from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 TRAINER = "diffnext"
 
 
-def check(vectors: Vectors, name: str, actual: Tensor, frame: int | None = None) -> None:
-    """Compare at the one tolerance that the header states for all tensors; of videos (B, C, T, H, W) one frame."""
-    limits = {kind: float(vectors.header["tolerance"][kind]) for kind in ("rtol", "atol")}
-    expected = vectors[name]
-    if frame is not None:
-        actual, expected = actual[:, :, frame], expected[:, :, frame]
-    torch.testing.assert_close(actual, expected, **limits, msg=lambda text: f"{vectors.path.name}: {name}: {text}")
-
-
-def load_rule_weights(module: torch.nn.Module, seed: int, sums: dict[str, float]) -> torch.nn.Module:
-    """Weights by the rule of the files' headers, checked against their sums."""
-    state = {}
-    own = module.state_dict()
-    for number, name in enumerate(sorted(own)):
-        shape = own[name].shape
-        values = np.random.RandomState(seed * 100003 + number).standard_normal(shape).astype(np.float32)
-        if len(shape) > 1:
-            values = values / np.sqrt(values.size / shape[0])
-        else:
-            values = 0.1 * values + (1 if name.endswith(".weight") else 0)
-        state[name] = torch.from_numpy(values.astype(np.float32)).half().float()
-        assert state[name].double().sum().item() == pytest.approx(sums[name], abs=1e-9), name
-    assert set(own) == set(sums)
-    module.load_state_dict(state)
-    return module.eval()
-
-
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
@@ -69,20 +40,20 @@ def toy_tokenizer(vocab_size: int):
 def test_phi(vectors: Vectors) -> None:
     config, sizes = vectors.config["phi"], vectors.config["text_embed"]
     phi = PhiEncoderModel(PhiEncoderModel.config_class(**config))
-    load_rule_weights(phi, vectors.header["weights_seed"], vectors.header["weights_check"])
-    check(vectors, "last_hidden_state", phi(vectors["input_ids"]).last_hidden_state)
+    golden.filled(phi, vectors.header)
+    vectors.check("last_hidden_state", phi(vectors["input_ids"]).last_hidden_state)
 
     embed = TextEmbed(sizes["token_dim"], sizes["embed_dim"], sizes["num_tokens"])
-    load_rule_weights(embed, sizes["weights_seed"], sizes["weights_check"])
+    golden.filled(embed, sizes)
     tokenizer = toy_tokenizer(config["vocab_size"])
     prompts = vectors.config["prompts"]
     rows = text_rows(prompts, embed, phi, tokenizer)
-    check(vectors, "encode_prompts", rows)
-    check(vectors, "text_embed", embed(rows))
+    vectors.check("encode_prompts", rows)
+    vectors.check("text_embed", embed(rows))
     draws = vectors["encode_prompts_train_draws"]
     repeated = prompts * (len(draws) // len(prompts))
     dropped = (draws < 0.1).tolist()
-    check(vectors, "encode_prompts_train", text_rows(repeated, embed, phi, tokenizer, dropped))
+    vectors.check("encode_prompts_train", text_rows(repeated, embed, phi, tokenizer, dropped))
 
 
 # Guidance -------------------------------------------------------------------------------------------------------------
@@ -99,18 +70,17 @@ def test_guidance(vectors: Vectors, case: str) -> None:
     if perturbed_scale:
         # Refused, because the network has nothing to perturb: the third branch, here other numbers, would be the first.
         perturbed = others.pop()
-        check(
-            vectors,
+        vectors.check(
             f"{case}.scaled",
             guidance.combine(torch.cat([cond, *others]), 0.0) + perturbed_scale * (cond - perturbed),
         )
         return
     assert guidance.num_branches == recorded["passes"]
-    check(vectors, f"{case}.scaled", guidance.combine(pred, 0.0))
-    check(vectors, f"{case}.expand", guidance.expand(vectors[f"{case}.x"]))
-    check(vectors, f"{case}.expand_padded", guidance.expand_frames(vectors[f"{case}.x"], vectors[f"{case}.padding"]))
+    vectors.check(f"{case}.scaled", guidance.combine(pred, 0.0))
+    vectors.check(f"{case}.expand", guidance.expand(vectors[f"{case}.x"]))
+    vectors.check(f"{case}.expand_padded", guidance.expand_frames(vectors[f"{case}.x"], vectors[f"{case}.padding"]))
     text, negative_text = text.chunk(2) if recorded["passes"] > 1 else (text, text)
-    check(vectors, f"{case}.expand_text", guidance.expand_text(text, negative_text))
+    vectors.check(f"{case}.expand_text", guidance.expand_text(text, negative_text))
     # Without a minimum, which only the class-conditional pipeline had, the scale stays what it is.
     assert set(recorded["decayed_scales"]) == {guidance.scale}
 
@@ -137,14 +107,14 @@ def test_token_sets(vectors: Vectors) -> None:
         assert torch.equal(predicted, vectors[f"gen.{number}.pred_ids"][..., 0])
         mask = torch.zeros(x.shape[:2]).scatter(1, predicted, 1.0)[..., None]
         assert torch.equal(mask, vectors[f"gen.{number}.pred_mask"])
-        check(vectors, f"gen.{number}.embed", embed(x, torch.cat([known, predicted], dim=1)))
+        vectors.check(f"gen.{number}.embed", embed(x, torch.cat([known, predicted], dim=1)))
     for name, recorded in vectors.config["num_preds_schedules"].items():
         assert num_tokens_per_set(*map(int, name.split("/"))) == [count for count in recorded if count], name
 
 
 def load_mask_embed(vectors: Vectors) -> MaskEmbed:
     config = vectors.config["train"]
-    return load_rule_weights(MaskEmbed(vectors["gen.x"].shape[-1]), config["weights_seed"], config["weights_check"])
+    return golden.filled(MaskEmbed(vectors["gen.x"].shape[-1]), config)
 
 
 @golden.by_case(TRAINER, "schedulers*.safetensors", r"([^.]+(?:\.\d+)?)\.step\.x0")
@@ -157,7 +127,7 @@ def test_sampler_steps(vectors: Vectors, case: str) -> None:
     for number, step in enumerate(sampler_steps(scheduler, num_steps)):
         noise = vectors[f"{case}.step.{number}.noise"] if step.draws_noise else None
         x = step(x, vectors[f"{case}.step.{number}.model_output"], noise)
-        check(vectors, f"{case}.step.{number}.out", x)
+        vectors.check(f"{case}.step.{number}.out", x)
 
 
 # Generation -----------------------------------------------------------------------------------------------------------
@@ -186,7 +156,7 @@ def nova_of(vectors: Vectors) -> NOVATransformer3DModel:
     config = dict(vectors.config["transformer"])
     config["arch"] = [vectors.config["arch_defs"].get(name, name) for name in config["arch"]]
     model = NOVATransformer3DModel.from_config(config)
-    return load_rule_weights(model, vectors.header["weights_seed"], vectors.header["weights_check"])
+    return golden.filled(model, vectors.header)
 
 
 @golden.by_file(TRAINER, "gen_*.safetensors")
@@ -211,6 +181,6 @@ def test_generation(vectors: Vectors) -> None:
         latents = generate(model, scheduler, text, null, draws, settings, motion_flow, before)
         assert latents.shape == recorded.shape and not draws.left
         for name in vectors.under("out."):
-            check(vectors, f"out.{name}", latents, frame)
+            vectors.check(f"out.{name}", latents[:, :, frame], expected=vectors[f"out.{name}"][:, :, frame])
     for frame in range(num_given):
-        check(vectors, "out.latents", latents, frame)
+        vectors.check("out.latents", latents[:, :, frame], expected=vectors["out.latents"][:, :, frame])

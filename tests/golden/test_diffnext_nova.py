@@ -37,45 +37,6 @@ TRAINER = "diffnext"
 FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
 
 
-# Weights and comparison.
-
-
-def rule_state(module: nn.Module, seed: int, sums: Mapping[str, float]) -> dict[str, Tensor]:
-    """Weights by the README's rule; `sums` are those of the recorded module's."""
-    state = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    assert set(state) == set(sums)
-    values = {}
-    for i, name in enumerate(sorted(state)):
-        n = np.random.RandomState(seed * 100_003 + i).standard_normal(state[name]).astype(np.float32)
-        if n.ndim > 1:
-            n = n / np.sqrt(n.size / n.shape[0])
-        else:
-            n = 1 + 0.1 * n if name.endswith(".weight") else 0.1 * n
-        values[name] = torch.from_numpy(n.astype(np.float32)).half().float()
-        assert values[name].double().sum().item() == pytest.approx(sums[name], abs=1e-9), name
-    return values
-
-
-def filled(module: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """A module with the weights of its entry in a header's config."""
-    module.load_state_dict(rule_state(module, config["weights_seed"], config["weights_check"]))
-    return module.eval()
-
-
-def check(vectors: Vectors, name: str, actual: Tensor, expected: Tensor | None = None) -> None:
-    """Compare at the one tolerance that the header states for all tensors."""
-    rule = vectors.header["tolerance"]
-    limits = {"rtol": float(rule["rtol"]), "atol": float(rule["atol"])}
-    expected = vectors[name] if expected is None else expected
-    torch.testing.assert_close(
-        actual.detach(),
-        expected,
-        **limits,
-        check_dtype=expected.is_floating_point(),
-        msg=lambda text: f"{vectors.path.name}: {name}: {text}",
-    )
-
-
 def frame_lengths(mask: Tensor) -> list[int]:
     """Tokens per frame of a recorded additive mask (n, n): tokens of one frame see equally many."""
     return (mask == 0).sum(dim=1).unique_consecutive(return_counts=True)[1].tolist()
@@ -87,11 +48,11 @@ def frame_lengths(mask: Tensor) -> list[int]:
 @golden.by_file(TRAINER, "embeddings*.safetensors", having="pos2d")
 def test_position_embeddings(vectors: Vectors) -> None:
     config = vectors.config["VideoPosEmbed"]
-    embed = filled(VideoPosEmbed(config["dim"], config["base_size"]), config)
-    check(vectors, "pos2d", position_embedding(config["base_size"][1:], config["dim"]))
-    check(vectors, "video_pos.out", embed(vectors["video_pos.in"]))
+    embed = golden.filled(VideoPosEmbed(config["dim"], config["base_size"]), config)
+    vectors.check("pos2d", position_embedding(config["base_size"][1:], config["dim"]))
+    vectors.check("video_pos.out", embed(vectors["video_pos.in"]))
     for num_frames in vectors.under("time_embed."):
-        check(vectors, f"time_embed.{num_frames}", embed.time(int(num_frames)))
+        vectors.check(f"time_embed.{num_frames}", embed.time(int(num_frames)))
 
 
 @golden.by_file(TRAINER, "embeddings*.safetensors", having="rope.q")
@@ -101,67 +62,67 @@ def test_rotary_positions(vectors: Vectors) -> None:
     torch.testing.assert_close(positions.expand(len(vectors["rope.pos"]), -1, -1).float(), vectors["rope.pos"])
     angles = rotary_angles(positions, config["dim"], config["theta"])[None]
     pad = (0, 0, config["pad"], 0)
-    check(vectors, "rope.out", rotate(vectors["rope.q"], nn.functional.pad(angles, pad)))
+    vectors.check("rope.out", rotate(vectors["rope.q"], nn.functional.pad(angles, pad)))
     ids = vectors["rope.ids"][..., 0]
     some = gather_tokens(angles.expand(len(ids), -1, -1), ids)
-    check(vectors, "rope.out_ids", rotate(vectors["rope.q_ids"], nn.functional.pad(some, pad)))
+    vectors.check("rope.out_ids", rotate(vectors["rope.q_ids"], nn.functional.pad(some, pad)))
 
 
 @golden.by_file(TRAINER, "embeddings*.safetensors", having="motion.out")
 def test_motion_embedding(vectors: Vectors) -> None:
     config = vectors.config["MotionEmbed"]
-    embed = filled(MotionEmbed(config["dim"]), config)
+    embed = golden.filled(MotionEmbed(config["dim"]), config)
     flow, fps = vectors["motion.flow"], vectors["motion.fps"]
-    check(vectors, "motion.out", embed(flow, fps))
-    check(vectors, "motion.out_flow_only", embed(flow))
-    check(vectors, "motion.out_default", embed(torch.full_like(flow, config["base_flow"])))
+    vectors.check("motion.out", embed(flow, fps))
+    vectors.check("motion.out_flow_only", embed(flow))
+    vectors.check("motion.out_default", embed(torch.full_like(flow, config["base_flow"])))
 
 
 @golden.by_file(TRAINER, "embeddings*.safetensors", having="patch.x")
 def test_patches(vectors: Vectors) -> None:
     config = vectors.config["PatchEmbed"]
     patch, x = config["patch_size"], vectors["patch.x"]
-    embed = filled(PatchEmbed(config["image_dim"], config["embed_dim"], patch), config)
-    check(vectors, "patch.out", embed(x))
-    check(vectors, "patch.out5", embed(vectors["patch.x5"].transpose(1, 2)))
-    check(vectors, "patch.patchify", patchify(x, patch))
-    check(vectors, "patch.unpatchify", unpatchify(patchify(x, patch), patch, x.shape[-2:]))
+    embed = golden.filled(PatchEmbed(config["image_dim"], config["embed_dim"], patch), config)
+    vectors.check("patch.out", embed(x))
+    vectors.check("patch.out5", embed(vectors["patch.x5"].transpose(1, 2)))
+    vectors.check("patch.patchify", patchify(x, patch))
+    vectors.check("patch.unpatchify", unpatchify(patchify(x, patch), patch, x.shape[-2:]))
 
 
 @golden.by_file(TRAINER, "embeddings*.safetensors", having="text.out")
 def test_text_embedding(vectors: Vectors) -> None:
     config = vectors.config["TextEmbed"]
-    embed = filled(TextEmbed(config["token_dim"], config["embed_dim"], config["num_tokens"]), config)
+    embed = golden.filled(TextEmbed(config["token_dim"], config["embed_dim"], config["num_tokens"]), config)
     prompts = [vectors[f"text.prompt.{i}"] for i in range(len(vectors["text.encoded"]))]
     rows = embed.pad(prompts)
-    check(vectors, "text.encoded", rows)
-    check(vectors, "text.out", embed(rows))
+    vectors.check("text.encoded", rows)
+    vectors.check("text.out", embed(rows))
     draws = vectors["text.train_draws"]
     repeated = embed.pad([prompts[i % len(prompts)] for i in range(len(draws))])
     dropped = draws < config["dropout"]
     expected = embed.norm(embed.proj(vectors["text.train_encoded"]))
-    check(vectors, "text.train_encoded", embed(repeated, dropped), expected)
-    check(vectors, "text.train_encoded", repeated[~dropped], vectors["text.train_encoded"][~dropped])
+    vectors.check("text.train_encoded", embed(repeated, dropped), expected=expected)
+    vectors.check("text.train_encoded", repeated[~dropped], expected=vectors["text.train_encoded"][~dropped])
 
 
 @golden.by_file(TRAINER, "embeddings*.safetensors", having="label.out")
 def test_label_embedding(vectors: Vectors) -> None:
     config = vectors.config["LabelEmbed"]
     out = vectors["label.out"]
-    embed = filled(LabelEmbed(out.shape[-1], config["num_classes"]), config)
+    embed = golden.filled(LabelEmbed(out.shape[-1], config["num_classes"]), config)
     every = embed(torch.arange(config["num_classes"] + 1))[:, 0]  # the file holds no labels: find them
     labels = torch.cdist(out[:, 0], every).argmin(dim=1)
-    check(vectors, "label.out", embed(labels))
+    vectors.check("label.out", embed(labels))
     assert torch.equal(embed(labels, torch.ones(len(labels), dtype=torch.bool))[:, 0], every[-1:].expand(len(out), -1))
 
 
 @golden.by_file(TRAINER, "embeddings*.safetensors", having="time.out")
 def test_time_and_condition_embedding(vectors: Vectors) -> None:
     config = vectors.config["TimeCondEmbed"]
-    embed = filled(TimeCondEmbed(config["cond_dim"], config["embed_dim"]), config)
-    check(vectors, "time.freq", timestep_waves(vectors["time.t"]))
-    check(vectors, "time.out", embed(vectors["time.t"], vectors["time.z"]))
-    check(vectors, "time.out1d", embed(vectors["time.t1d"], vectors["time.z"]))
+    embed = golden.filled(TimeCondEmbed(config["cond_dim"], config["embed_dim"]), config)
+    vectors.check("time.freq", timestep_waves(vectors["time.t"]))
+    vectors.check("time.out", embed(vectors["time.t"], vectors["time.z"]))
+    vectors.check("time.out1d", embed(vectors["time.t1d"], vectors["time.z"]))
 
 
 # Blocks.
@@ -170,16 +131,16 @@ def test_time_and_condition_embedding(vectors: Vectors) -> None:
 @golden.by_file(TRAINER, "blocks*.safetensors", having="block.x")
 def test_block(vectors: Vectors) -> None:
     config = vectors.config["block"]
-    block = filled(Block(config["dim"], config["heads"]), config)
-    check(vectors, "block.out", block(vectors["block.x"]))
+    block = golden.filled(Block(config["dim"], config["heads"]), config)
+    vectors.check("block.out", block(vectors["block.x"]))
     lengths = frame_lengths(vectors["block.attn_mask"])
-    check(vectors, "block.out_masked", block(vectors["block.x"], frame_lengths=lengths))
+    vectors.check("block.out_masked", block(vectors["block.x"], frame_lengths=lengths))
 
 
 def vision_transformer(vectors: Vectors) -> VisionTransformer:
     config = vectors.config["vit"]
     sizes = (config["depth"], config["dim"], config["heads"], config["patch"], config["image_dim"])
-    return filled(VisionTransformer(*sizes), config)
+    return golden.filled(VisionTransformer(*sizes), config)
 
 
 @golden.by_file(TRAINER, "blocks*.safetensors", having="vit.tok")
@@ -188,14 +149,14 @@ def test_vision_transformer(vectors: Vectors) -> None:
     tokens, prefix, ids = vectors["vit.tok"], vectors["vit.c"], vectors["vit.prev_ids"][..., 0]
     positions = position_embedding(size, vit.embed_dim)
     x = tokens + positions
-    check(vectors, "vit.out_full", vit(x, prefix))
-    check(vectors, "vit.out_nocond", vit(x))
-    check(vectors, "vit.out_split", vit(x, prefix, ids))
-    check(vectors, "vit.out_split_empty", vit(x, prefix, ids[:, :0]))
-    check(vectors, "vit.out_img", vit(vit.patch_embed(vectors["vit.img"]) + positions, prefix))
+    vectors.check("vit.out_full", vit(x, prefix))
+    vectors.check("vit.out_nocond", vit(x))
+    vectors.check("vit.out_split", vit(x, prefix, ids))
+    vectors.check("vit.out_split_empty", vit(x, prefix, ids[:, :0]))
+    vectors.check("vit.out_img", vit(vit.patch_embed(vectors["vit.img"]) + positions, prefix))
     angles = rotary_angles(grid_positions(1, size), vit.head_dim)[None]
-    check(vectors, "vit_rope.out_full", vit(tokens, prefix, angles=angles))
-    check(vectors, "vit_rope.out_split", vit(tokens, prefix, ids, angles))
+    vectors.check("vit_rope.out_full", vit(tokens, prefix, angles=angles))
+    vectors.check("vit_rope.out_split", vit(tokens, prefix, ids, angles))
 
 
 @golden.by_file(TRAINER, "blocks*.safetensors", having="kv.frames")
@@ -204,23 +165,23 @@ def test_cached_frames_and_one_pass_agree(vectors: Vectors) -> None:
     caches = [KVCache() for _ in vit.blocks]
     for t, expected in sorted(vectors.under("kv.out.").items(), key=lambda item: int(item[0])):
         out = vit(frames[:, int(t)], None if int(t) else prefix, caches=caches)
-        check(vectors, f"kv.out.{t}", out, expected)
+        vectors.check(f"kv.out.{t}", out, expected=expected)
     lengths = [frames.shape[2]] * frames.shape[1]
     lengths[0] += prefix.shape[1]
-    check(vectors, "kv.masked_full", vit(frames.flatten(1, 2), prefix, frame_lengths=lengths))
+    vectors.check("kv.masked_full", vit(frames.flatten(1, 2), prefix, frame_lengths=lengths))
 
 
 @golden.by_file(TRAINER, "blocks*.safetensors", having="ada.x")
 def test_adaptive_norms(vectors: Vectors) -> None:
     config = vectors.config["AdaLayerNormZero"]
-    modulated, gate = filled(AdaLayerNorm(config["dim"], config["num_stats"]), config)(
+    modulated, gate = golden.filled(AdaLayerNorm(config["dim"], config["num_stats"]), config)(
         vectors["ada.x"], vectors["ada.z"]
     )
-    check(vectors, "ada.h", modulated)
-    check(vectors, "ada.gate", gate)
+    vectors.check("ada.h", modulated)
+    vectors.check("ada.gate", gate)
     config = vectors.config["AdaLayerNorm_mixer"]
-    mixer = filled(AdaLayerNorm(config["dim"], rank=config["rank"], normalize=False), config)
-    check(vectors, "mixer.out", mixer(vectors["ada.x"][:, :1], vectors["ada.z"])[0])
+    mixer = golden.filled(AdaLayerNorm(config["dim"], rank=config["rank"], normalize=False), config)
+    vectors.check("mixer.out", mixer(vectors["ada.x"][:, :1], vectors["ada.z"])[0])
 
 
 @golden.by_file(TRAINER, "blocks*.safetensors", having="mlp.x")
@@ -228,13 +189,13 @@ def test_diffusion_head(vectors: Vectors) -> None:
     config = vectors.config["DiffusionMLP"]
     patch = config["patch_size"]
     sizes = (config["depth"], config["embed_dim"], config["cond_dim"], patch, config["image_dim"])
-    head = filled(DiffusionMLP(*sizes), config)
+    head = golden.filled(DiffusionMLP(*sizes), config)
     tokens, z = patchify(vectors["mlp.x"], patch), vectors["mlp.z"]
-    check(vectors, "mlp.out", head(tokens, vectors["mlp.t"], z))
+    vectors.check("mlp.out", head(tokens, vectors["mlp.t"], z))
     ids = vectors["mlp.pred_ids"][..., 0]
     some = head(gather_tokens(tokens, ids), vectors["mlp.t1d"], gather_tokens(z, ids))
-    check(vectors, "mlp.out_ids", tokens.scatter(1, ids[..., None].expand_as(some), some))
-    check(vectors, "mlp.block_out", head.blocks[0](vectors["mlp.block_x"], vectors["mlp.block_z"]))
+    vectors.check("mlp.out_ids", tokens.scatter(1, ids[..., None].expand_as(some), some))
+    vectors.check("mlp.block_out", head.blocks[0](vectors["mlp.block_x"], vectors["mlp.block_z"]))
 
 
 # Masks.
@@ -255,13 +216,12 @@ def test_frame_causal_attention(vectors: Vectors, case: str) -> None:
 @golden.by_case(TRAINER, "masking*.safetensors", r"(train\.\d+)\.u")
 def test_training_mask(vectors: Vectors, case: str) -> None:
     tensors, config = vectors.under(f"{case}."), vectors.config["train"]
-    embed = MaskEmbed(tensors["x"].shape[-1])
-    embed.load_state_dict(rule_state(embed, config["weights_seed"], config["weights_check"]))
+    embed = golden.filled(MaskEmbed(tensors["x"].shape[-1]), config)
     visible, masked = split_tokens(tensors["u"], tensors["ratio"].item())
     assert torch.equal(visible, tensors["prev_ids"][..., 0])
     mask = torch.zeros_like(tensors["mask"]).scatter(1, masked[..., None], 1.0)
     assert torch.equal(mask, tensors["mask"])
-    check(vectors, f"{case}.out", embed(tensors["x"], visible))
+    vectors.check(f"{case}.out", embed(tensors["x"], visible))
 
 
 @golden.by_file(TRAINER, "masking*.safetensors", having="train.0.u")
@@ -282,13 +242,13 @@ def schedule_config(case: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def test_flow_matching_noise(vectors: Vectors, case: str) -> None:
     tensors = vectors.under(f"{case}.")
     noise = noise_schedule(schedule_config(case, vectors.config[case]))
-    check(vectors, f"{case}.train_sigmas", noise.sigmas)
-    check(vectors, f"{case}.train_timesteps", noise.sigmas * len(noise.sigmas))
+    vectors.check(f"{case}.train_sigmas", noise.sigmas)
+    vectors.check(f"{case}.train_timesteps", noise.sigmas * len(noise.sigmas))
     assert torch.equal(noise.index(tensors["normal"]), tensors["index"])
     corrupted = noise.corrupt(tensors["x"], tensors["noise"], tensors["normal"])
-    check(vectors, f"{case}.x_t", corrupted.noisy)
-    check(vectors, f"{case}.timestep", corrupted.timestep)
-    check(vectors, f"{case}.target", corrupted.target)
+    vectors.check(f"{case}.x_t", corrupted.noisy)
+    vectors.check(f"{case}.timestep", corrupted.timestep)
+    vectors.check(f"{case}.target", corrupted.target)
 
 
 @golden.by_case(TRAINER, "schedulers*.safetensors", r"(.+)\.alphas_cumprod")
@@ -297,10 +257,10 @@ def test_ddpm_noise(vectors: Vectors, case: str) -> None:
     targets = {"epsilon": tensors["noise"], "v_prediction": tensors["velocity"], "sample": tensors["x"]}
     for prediction_type, target in targets.items():
         noise = noise_schedule({**config, "prediction_type": prediction_type})
-        check(vectors, f"{case}.alphas_cumprod", noise.alphas_cumprod)
+        vectors.check(f"{case}.alphas_cumprod", noise.alphas_cumprod)
         corrupted = noise.corrupt(tensors["x"], tensors["noise"], tensors["index"])
-        check(vectors, f"{case}.x_t", corrupted.noisy)
-        check(vectors, f"{case}.velocity", corrupted.target, target)
+        vectors.check(f"{case}.x_t", corrupted.noisy)
+        vectors.check(f"{case}.velocity", corrupted.target, expected=target)
         assert torch.equal(corrupted.timestep, tensors["index"].float())
 
 
@@ -318,14 +278,14 @@ def test_flow_matching_steps_of_diffusers(vectors: Vectors, case: str) -> None:
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
             kind = name.partition(".")[0]
             scheduler.set_timesteps(int(kind.removeprefix("set")))
-            check(vectors, f"{case}.{name}", scheduler.sigmas.double())
-            check(vectors, f"{case}.{kind}.timesteps", scheduler.timesteps)
+            vectors.check(f"{case}.{name}", scheduler.sigmas.double())
+            vectors.check(f"{case}.{kind}.timesteps", scheduler.timesteps)
     x, steps = tensors["step.x0"], list(steps_of(tensors))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(len(steps))
     for (name, output), timestep in zip(steps, scheduler.timesteps, strict=True):
         x = scheduler.step(output, timestep, x).prev_sample
-        check(vectors, f"{case}.{name}.out", x)
+        vectors.check(f"{case}.{name}.out", x)
 
 
 @golden.by_case(TRAINER, "schedulers*.safetensors", r"(.+)\.alphas_cumprod")
@@ -342,7 +302,7 @@ def test_ddpm_steps_of_diffusers(vectors: Vectors, case: str, monkeypatch: pytes
             "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, recorded=noise, **kwargs: recorded
         )
         x = scheduler.step(output, timestep, x).prev_sample
-        check(vectors, f"{case}.{name}.out", x)
+        vectors.check(f"{case}.{name}.out", x)
 
 
 # Training steps.
@@ -353,11 +313,9 @@ def build_nova(vectors: Vectors) -> NOVATransformer3DModel:
     arch = [config["arch_defs"].get(name, name) for name in config["transformer"]["arch"]]
     model = NOVATransformer3DModel.from_config({**config["transformer"], "arch": arch})
     state = {name: value.float() for name, value in vectors.under("sd.").items()}
-    if not state:
-        state = rule_state(model, vectors.header["weights_seed"], vectors.header["weights_check"])
-    model.load_state_dict(state)
+    model.load_state_dict(state) if state else golden.filled(model, vectors.header)
     model.enable_gradient_checkpointing(config["gradient_checkpointing"])
-    return model
+    return model.train()
 
 
 def draws_of(vectors: Vectors, step: int) -> NovaDraws:

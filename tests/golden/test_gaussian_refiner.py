@@ -16,21 +16,19 @@ from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from vectors import Vectors
 
+from common.diffusion import add_noise, signal_to_noise, velocity
 from gaussian_refiner.models.denoise import decode, denoise, encode
 from gaussian_refiner.models.objective import (
     ObjectiveSettings,
     RefinerConstants,
     RefinerDraws,
     RefinerInputs,
-    add_noise,
     class_labels,
     condition_keep_masks,
     interleave,
     mean_over_rows,
     repair_loss,
-    signal_to_noise,
     snr_weights,
-    v_target,
 )
 from gaussian_refiner.models.self_mutual_attention import (
     CondCache,
@@ -189,8 +187,8 @@ def test_diffusion_targets(vectors: Vectors) -> None:
         "out.noisy_offset": add_noise(clean, offset_noise, timesteps, alphas_cumprod),
         "out.noisy_perturb": add_noise(clean, noise + perturbation, timesteps, alphas_cumprod),
         "out.noisy_offset_perturb": add_noise(clean, offset_noise + perturbation, timesteps, alphas_cumprod),
-        "out.v_target": v_target(clean, noise, timesteps, alphas_cumprod),
-        "out.v_target_offset": v_target(clean, offset_noise, timesteps, alphas_cumprod),
+        "out.v_target": velocity(clean, noise, timesteps, alphas_cumprod),
+        "out.v_target_offset": velocity(clean, offset_noise, timesteps, alphas_cumprod),
     }
     for name, value in actual.items():
         vectors.check(name, value, label="float32 outputs")

@@ -9,14 +9,13 @@ import pytest
 import torch
 import vectors as golden
 from safetensors.torch import save_file
-from vectors import Vectors
+from vectors import KEYS_DIR, Vectors
 
 from mvdiffusion.models.attention import MVAttention, MVTransformer, MVTransformerBlock
 from mvdiffusion.models.initialise import LEGACY_NAMES, from_pretrained_2d, load_unet, trainable_parameters
 from mvdiffusion.models.unet_mv2d import UNetMV2DConditionModel, self_pattern
 
 TRAINER = "mvdiffusion"
-KEYS_DIR = golden.GOLDEN_DIR.parent / "specs" / "keys"
 SELF_PATTERNS = {"self_plain": "off", "self_mv_dense": "dense", "self_mv_sparse": "sparse"}
 
 
@@ -38,11 +37,6 @@ def referred_to(vectors: Vectors, key: str) -> Vectors:
     return golden.load(path if path.is_file() else golden.files(TRAINER, f"{named.partition('_')[0]}_*")[0])
 
 
-def check(vectors: Vectors, key: str, actual: torch.Tensor) -> None:
-    """These files state one tolerance for all that they hold."""
-    torch.testing.assert_close(actual, vectors[key], **vectors.header["tolerance"], msg=lambda text: f"{key}: {text}")
-
-
 # Attention and transformers.
 
 
@@ -55,15 +49,15 @@ def test_attention(vectors: Vectors, case: str) -> None:
         key = f"{case}.{name}"
         if name in SELF_PATTERNS:
             attention = MVAttention(**sizes, pattern=SELF_PATTERNS[name], num_views=views_of(case))
-            check(vectors, key, load(attention, vectors.under("w.self."))(x))
+            vectors.check(key, load(attention, vectors.under("w.self."))(x))
         elif name == "joint":
-            check(vectors, key, load(MVAttention(**sizes, pattern="joint"), vectors.under("w.joint."))(x))
+            vectors.check(key, load(MVAttention(**sizes, pattern="joint"), vectors.under("w.joint."))(x))
         elif name.startswith("cross"):
             attention = load(MVAttention(**sizes, key_dim=config["cross_dim"]), vectors.under("w.cross."))
             context = vectors[f"{case}.enc{name.removeprefix('cross')}"]
-            check(vectors, key, attention.attend(x, context))
+            vectors.check(key, attention.attend(x, context))
             if context.shape[1] == 1:
-                check(vectors, key, attention.constant(context).expand_as(x))
+                vectors.check(key, attention.constant(context).expand_as(x))
         else:
             assert name == "x" or name.startswith("enc"), f"{key} was not compared"
 
@@ -87,7 +81,7 @@ def test_block(vectors: Vectors, case: str) -> None:
     config, prefix = vectors.config, case.partition(".")[0]
     block = MVTransformerBlock(config["dim"], config["heads"], config["dim_head"], **block_options(vectors, case))
     load(block, vectors.under("w.block."))
-    check(vectors, case, block(vectors[f"{prefix}.x"], vectors[f"{prefix}.enc"]))
+    vectors.check(case, block(vectors[f"{prefix}.x"], vectors[f"{prefix}.enc"]))
 
 
 @golden.by_case(TRAINER, "06_transformer_blocks*", r"((?!w\.)[^.]+\.transformer_(?:conv|linear)\.[^.]+)")
@@ -103,7 +97,7 @@ def test_transformer(vectors: Vectors, case: str) -> None:
         **block_options(vectors, case),
     )
     load(transformer, vectors.under(f"w.{kind}."))
-    check(vectors, case, transformer(vectors[f"{prefix}.img"], vectors[f"{prefix}.enc"]))
+    vectors.check(case, transformer(vectors[f"{prefix}.img"], vectors[f"{prefix}.enc"]))
 
 
 # The whole network.
@@ -122,7 +116,7 @@ def test_unet(vectors: Vectors, case: str) -> None:
     unet = UNetMV2DConditionModel.from_config(flags)
     load(unet, referred_to(vectors, "weights_file").under("unet."))
     inputs = [vectors[f"{prefix}.sample"], timestep, vectors[f"{prefix}.enc"], vectors[f"{prefix}.class_labels"]]
-    check(vectors, case, unet(*inputs).sample)
+    vectors.check(case, unet(*inputs).sample)
 
 
 def variants() -> list[Any]:

@@ -12,6 +12,7 @@ import vectors as golden
 from vectors import Vectors
 
 from common.config import OptimConfig
+from common.diffusion import signal_to_noise
 from common.optim import EMA, Learner, build_adamw, lr_schedule
 from mvdiffusion.config import switches
 from mvdiffusion.models.components import clip_pixels, embed_images, encode_images
@@ -24,7 +25,6 @@ from mvdiffusion.models.objective import (
     drop_masks,
     mv_loss,
     mv_rows,
-    signal_to_noise,
     snr_weights,
 )
 from mvdiffusion.models.unet_mv2d import UNetMV2DConditionModel
@@ -33,12 +33,6 @@ TRAINER = "mvdiffusion"
 # The vectors were made with Stable Diffusion 1.x's schedule.
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ENOUGH_GRADIENT = 1e-4  # where AdamW's first step, the gradient's sign, can be compared, by the header's notes
-
-
-def check(vectors: Vectors, name: str, actual: Any) -> None:
-    """Compare at the file's one tolerance."""
-    header = {**vectors.header, "tolerance": {"*": vectors.header["tolerance"]}}
-    replace(vectors, header=header).check(name, actual)
 
 
 def alphas_of(options: dict[str, Any]) -> torch.Tensor:
@@ -89,8 +83,8 @@ def test_drop_masks(vectors: Vectors, case: str) -> None:
     )
     uniform = uniform_by_object(vectors[f"{case}.u"], num_views, settings)
     drop = drop_masks(uniform, num_views, settings)
-    check(vectors, f"{case}.keep_vae", (~drop.latent).float())
-    check(vectors, f"{case}.keep_clip", (~drop.embed).float())
+    vectors.check(f"{case}.keep_vae", (~drop.latent).float())
+    vectors.check(f"{case}.keep_clip", (~drop.embed).float())
 
 
 @golden.by_case(TRAINER, "09_cfg_dropout*.safetensors", r"gnn3d\.mask_p(.+)")
@@ -98,13 +92,13 @@ def test_original_dropout(vectors: Vectors, case: str) -> None:
     settings = replace(SINGLE_VIEW, drop_type="row_both", condition_drop_rate=float(case))
     uniform, latents = vectors["gnn3d.u"], vectors["gnn3d.latents_in"]
     drop = drop_masks(uniform[:, None, None], 1, settings)
-    check(vectors, f"gnn3d.mask_p{case}", drop.latent)
-    check(vectors, f"gnn3d.mask_p{case}", drop.embed)
+    vectors.check(f"gnn3d.mask_p{case}", drop.latent)
+    vectors.check(f"gnn3d.mask_p{case}", drop.embed)
     inputs = single_view_inputs(latents, condition_latents=latents, image_embeds=vectors["gnn3d.embeds_in"])
     draws = single_view_draws(latents, torch.zeros(len(latents), dtype=torch.int64), dropout=uniform)
     rows = mv_rows(inputs, draws, torch.ones(1), settings)
-    check(vectors, "gnn3d.latents_out", rows.condition)
-    check(vectors, "gnn3d.embeds_out", rows.image_embeds[:, 0])
+    vectors.check("gnn3d.latents_out", rows.condition)
+    vectors.check("gnn3d.embeds_out", rows.image_embeds[:, 0])
 
 
 # Noise, targets, weights, loss.
@@ -114,8 +108,8 @@ def test_original_dropout(vectors: Vectors, case: str) -> None:
 def test_schedule(vectors: Vectors, case: str) -> None:
     options = {"num_train_timesteps": vectors.config["num_train_timesteps"], **vectors.config["schedulers"][case]}
     alphas_cumprod = alphas_of(options)
-    check(vectors, f"{case}.alphas_cumprod", alphas_cumprod)
-    check(vectors, f"{case}.snr", signal_to_noise(vectors["timesteps"], alphas_cumprod))
+    vectors.check(f"{case}.alphas_cumprod", alphas_cumprod)
+    vectors.check(f"{case}.snr", signal_to_noise(vectors["timesteps"], alphas_cumprod))
 
 
 @golden.by_case(TRAINER, "10_noise_snr_loss*.safetensors", r"(.+\.gamma[^/]+)\.loss")
@@ -131,14 +125,14 @@ def test_noising_weights_and_loss(vectors: Vectors, case: str) -> None:
     inputs = single_view_inputs(vectors["latents"])
     draws = single_view_draws(vectors["noise"], vectors["timesteps"])
     result = mv_loss(lambda *args, **options: (vectors["model_pred"],), inputs, draws, alphas_cumprod, settings)
-    check(vectors, f"{schedule}.noisy", result.rows.noisy)
+    vectors.check(f"{schedule}.noisy", result.rows.noisy)
     target = f"{schedule}.velocity" if prediction_type == "v_prediction" else "noise"
-    check(vectors, target, result.rows.target)
-    check(vectors, f"{case}.loss", result.loss)
+    vectors.check(target, result.rows.target)
+    vectors.check(f"{case}.loss", result.loss)
     for mode in ("gnn3d", "wonder3d"):
         if f"{case}.weights_{mode}" in vectors:
             weights = snr_weights(vectors["timesteps"], alphas_cumprod, replace(settings, snr_mode=mode))
-            check(vectors, f"{case}.weights_{mode}", weights)
+            vectors.check(f"{case}.weights_{mode}", weights)
 
 
 @golden.by_case(TRAINER, "10_noise_snr_loss*.safetensors", r"noise_with_offset_(.+)")
@@ -147,7 +141,7 @@ def test_noise_offset(vectors: Vectors, case: str) -> None:
     draws = single_view_draws(vectors["noise"], vectors["timesteps"], offset_noise=vectors["offset_randn"])
     alphas_cumprod = alphas_of(SCHEDULE)
     rows = mv_rows(inputs, draws, alphas_cumprod, replace(SINGLE_VIEW, noise_offset=float(case)))
-    check(vectors, f"noise_with_offset_{case}", rows.target)
+    vectors.check(f"noise_with_offset_{case}", rows.target)
 
 
 @golden.by_case(TRAINER, "10_noise_snr_loss*.safetensors", r"perturbed_noise_(.+)")
@@ -156,8 +150,8 @@ def test_input_perturbation(vectors: Vectors, case: str) -> None:
     draws = single_view_draws(vectors["noise"], vectors["timesteps"], perturb_noise=vectors["perturb_randn"])
     pure_noise = torch.zeros(int(vectors["timesteps"].max()) + 1)  # alphas_cumprod 0: the UNet's input is the noise
     rows = mv_rows(inputs, draws, pure_noise, replace(SINGLE_VIEW, input_perturbation=float(case)))
-    check(vectors, f"perturbed_noise_{case}", rows.noisy)
-    check(vectors, "noise", rows.target)
+    vectors.check(f"perturbed_noise_{case}", rows.noisy)
+    vectors.check("noise", rows.target)
 
 
 # Whole steps.
@@ -372,14 +366,14 @@ def test_moving_average(vectors: Vectors) -> None:
         module.weight.data.copy_(vectors[f"ema.param{number}"])
         ema.update()
         decays.append(ema.current_decay())
-        check(vectors, f"ema.shadow{number}", ema.average[0])
-    check(vectors, "ema.decays", torch.tensor(decays, dtype=torch.float64))
+        vectors.check(f"ema.shadow{number}", ema.average[0])
+    vectors.check("ema.decays", torch.tensor(decays, dtype=torch.float64))
 
     late_decays = []
     for updates in vectors["ema.get_decay_steps"].tolist():
         ema.updates = updates
         late_decays.append(ema.current_decay())
-    check(vectors, "ema.get_decay", torch.tensor(late_decays, dtype=torch.float64))
+    vectors.check("ema.get_decay", torch.tensor(late_decays, dtype=torch.float64))
 
 
 @golden.by_case(TRAINER, "14_ema_lr*.safetensors", r"lr\.(.+)")
@@ -388,4 +382,4 @@ def test_learning_rate(vectors: Vectors, case: str) -> None:
     optim = OptimConfig(learning_rate=config["base_lr"], lr_scheduler=case, lr_warmup_steps=config["warmup"])
     learning_rate = lr_schedule(optim, config["total"], 1)
     curve = [learning_rate(step) for step in range(len(vectors[f"lr.{case}"]))]
-    check(vectors, f"lr.{case}", torch.tensor(curve, dtype=torch.float64))
+    vectors.check(f"lr.{case}", torch.tensor(curve, dtype=torch.float64))

@@ -8,28 +8,20 @@ import numpy as np
 import pytest
 import torch
 import vectors as golden
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.optical_flow import raft_large
-from vectors import Vectors
+from vectors import KEYS_DIR, Vectors
 
 from training_ggi.models.edges import HED, annotator_size, fuse_maps, hed_edges
 from training_ggi.models.frames import crop_clip, normalise, resize_antialiased, resize_frame, resized_size
 from training_ggi.models.raft import half_size
 
 TRAINER = "training_ggi"
-KEYS_DIR = golden.GOLDEN_DIR.parent / "specs" / "keys"
 
 
 def number(tolerance: Any) -> float:
     """The first number of a tolerance that is a sentence."""
     return float(re.findall(r"\d+(?:\.\d*)?(?:e-?\d+)?", str(tolerance))[0])
-
-
-def check(vectors: Vectors, name: str, actual: Tensor, tolerance: float) -> None:
-    expected = vectors[name]
-    assert actual.shape == expected.shape, f"{vectors.path.name}: {name}: {actual.shape} for {expected.shape}"
-    error = (actual.double() - expected.double()).abs().max().item()
-    assert error <= tolerance, f"{vectors.path.name}: {name} errs by {error}, more than {tolerance}"
 
 
 def sizes(text: str) -> tuple[int, int]:
@@ -68,7 +60,7 @@ def test_resized_sizes(vectors: Vectors) -> None:
 
 @golden.by_case(TRAINER, "flow_input_resize*.safetensors", r"(.+)/frames")
 def test_flow_input(vectors: Vectors, case: str) -> None:
-    check(vectors, f"{case}/half", half_size(vectors[f"{case}/frames"]), number(vectors.header["tolerance"]))
+    vectors.check_within(f"{case}/half", half_size(vectors[f"{case}/frames"]), number(vectors.header["tolerance"]))
 
 
 # HED
@@ -106,11 +98,13 @@ def test_hed(vectors: Vectors) -> None:
     maps = hed(image[None].float())
     for index, actual in enumerate(maps, start=1):
         name = f"projection{index}"
-        check(vectors, name, actual[0, 0], number(tolerance["projections"].split()[1]) * vectors[name].std().item())
-    check(vectors, "edge_u8", fuse_maps(maps, size)[0], number(tolerance["edge_u8"]))
+        vectors.check_within(
+            name, actual[0, 0], number(tolerance["projections"].split()[1]) * vectors[name].std().item()
+        )
+    vectors.check_within("edge_u8", fuse_maps(maps, size)[0], number(tolerance["edge_u8"]))
     if annotator_size(size, min(size)) == size:
         edges = hed_edges(hed, image.movedim(0, -1)[None], detect_resolution=min(size))
-        check(vectors, "edge_u8", edges[0], number(tolerance["edge_u8"]))
+        vectors.check_within("edge_u8", edges[0], number(tolerance["edge_u8"]))
 
 
 @golden.by_file(TRAINER, "hed_edge*.safetensors")
@@ -118,7 +112,9 @@ def test_fused_maps(vectors: Vectors) -> None:
     given = vectors.under("post/")
     height, width = given["edge_u8"].shape
     maps = [given[name][None, None] for name in sorted(given) if name.startswith("map")]
-    check(vectors, "post/edge_u8", fuse_maps(maps, (height, width))[0], number(vectors.header["tolerance"]["post"]))
+    vectors.check_within(
+        "post/edge_u8", fuse_maps(maps, (height, width))[0], number(vectors.header["tolerance"]["post"])
+    )
 
 
 @golden.by_file(TRAINER, "hed_edge*.safetensors")

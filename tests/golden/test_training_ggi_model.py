@@ -9,24 +9,24 @@ import torch
 import vectors as golden
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from safetensors.torch import save_file
-from vectors import Vectors
+from vectors import KEYS_DIR, Vectors
 
+from common.diffusion import add_noise, velocity
 from common.optim import lr_factor
+from common.pretrained import widen_conv
 from training_ggi.models.base_lora import install, read_lora_file, set_up_training
 from training_ggi.models.noise_warp import resize_list
 from training_ggi.models.objective import GGIConstants, GGIDraws, GGIInputs, ggi_loss, noisy_end_images
-from training_ggi.models.schedule import add_noise, alphas_cumprod, clean_from_velocity, velocity
+from training_ggi.models.schedule import alphas_cumprod
 from training_ggi.models.transformer import (
     LATENT_PX,
     model_input,
     rotary_for,
     rotary_tables,
-    widen_conv,
     widen_patch_embed,
 )
 
 TRAINER = "training_ggi"
-KEYS_DIR = golden.GOLDEN_DIR.parent / "specs" / "keys"
 
 
 def check(name: str, actual: torch.Tensor | float, expected: torch.Tensor | float, rule: Any) -> None:
@@ -91,7 +91,7 @@ def test_scheduler(vectors: Vectors) -> None:
     check("noisy_bf16", upstream, vectors["noisy_bf16"], rules["noisy_bf16"])
     error, upstream_error = ((each - vectors["noisy"]).abs().max() for each in (noisy, vectors["noisy_bf16"].float()))
     assert error < upstream_error, f"ours errs by {error}, the original by {upstream_error}"
-    x0_pred = clean_from_velocity(noisy, v, timesteps, alphas)
+    x0_pred = velocity(v, noisy, timesteps, alphas)  # x_0 = sqrt(a_t) x_t - sqrt(1 - a_t) v, the same formula
     check("x0_pred", x0_pred, vectors["x0_pred"], rules["x0_pred"])
     v_mse = (v - velocity(clean, noise, timesteps, alphas)).square().flatten(1).mean(1)
     for name in ("per_sample_loss", "per_sample_v_mse"):
@@ -189,7 +189,7 @@ def test_train_step(vectors: Vectors, tmp_path: Path) -> None:
     check("noisy_latents", batch.noisy, vectors["out/noisy_latents"], rules["latents"])
     check("model_input", together, vectors["out/model_input"], rules["latents"])
     check("model_output", result.prediction, vectors["out/model_output"], rules["model_output"])
-    x0 = clean_from_velocity(batch.noisy, result.prediction, batch.timesteps, constants.alphas_cumprod)
+    x0 = velocity(result.prediction, batch.noisy, batch.timesteps, constants.alphas_cumprod)  # as in test_scheduler
     check("x0_pred", x0, vectors["out/x0_pred"], rules["model_output"])
     for name in ("loss_per_sample", "v_mse_per_sample"):
         torch.testing.assert_close(result.per_sample, vectors[f"out/{name}"], atol=0, rtol=rel(rules["loss"]))

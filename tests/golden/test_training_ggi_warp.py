@@ -23,13 +23,6 @@ from training_ggi.models.noise_warp import (
 TRAINER = "training_ggi"
 
 
-def check(vectors: Vectors, name: str, actual: Tensor, tolerance: float) -> None:
-    expected = vectors[name]
-    assert actual.shape == expected.shape, f"{vectors.path.name}: {name}: {actual.shape} for {expected.shape}"
-    error = (actual.double() - expected.double()).abs().max().item()
-    assert error <= tolerance, f"{vectors.path.name}: {name} errs by {error}, more than {tolerance}"
-
-
 # One step.
 
 
@@ -39,8 +32,8 @@ def test_step(vectors: Vectors, case: str) -> None:
     warper = NoiseWarper(given["noise_in"], given["weight_in"])
     warper.step(given["flow"], given["foreign"])
     tolerance = vectors.header["tolerance"]
-    check(vectors, f"{case}/noise_out", warper.noise, tolerance["noise_out"])
-    check(vectors, f"{case}/weight_out", warper.weight, tolerance["weight_out"])
+    vectors.check_within(f"{case}/noise_out", warper.noise, tolerance["noise_out"])
+    vectors.check_within(f"{case}/weight_out", warper.weight, tolerance["weight_out"])
 
 
 @golden.by_case(TRAINER, "warp_step*.safetensors", r"(.+)/flow")
@@ -56,7 +49,7 @@ def test_where_pixels_go_and_come_from(vectors: Vectors, case: str) -> None:
         "src_index": backward_sources(routes.offsets, torch.arange(len(routes.target))),
     }
     for name, value in actual.items():
-        check(vectors, f"{case}/{name}", value.view(size), 0)
+        vectors.check_within(f"{case}/{name}", value.view(size), 0)
 
 
 @golden.by_case(TRAINER, "warp_step*.safetensors", r"(.+)/flow")
@@ -79,10 +72,10 @@ def test_groups(vectors: Vectors, case: str) -> None:
     rows, counts = regaussianize(values, groups, given["foreign"].flatten(1).T)
     weights = copied(given["weight_in"].flatten()[:, None], 1.0)[:, 0] / counts
     tolerance = vectors.header["tolerance"]
-    check(vectors, f"{case}/group_id", (groups + 1).view(height, -1), 0)
-    check(vectors, f"{case}/group_count", counts.view(height, -1), 0)
-    check(vectors, f"{case}/regauss", rows.T.view(channels, height, -1), tolerance["regauss"])
-    check(vectors, f"{case}/weight_div_count", weights.view(height, -1), tolerance["weight_out"])
+    vectors.check_within(f"{case}/group_id", (groups + 1).view(height, -1), 0)
+    vectors.check_within(f"{case}/group_count", counts.view(height, -1), 0)
+    vectors.check_within(f"{case}/regauss", rows.T.view(channels, height, -1), tolerance["regauss"])
+    vectors.check_within(f"{case}/weight_div_count", weights.view(height, -1), tolerance["weight_out"])
 
 
 @golden.by_case(TRAINER, "regaussianize*.safetensors", r"(.+)/labels")
@@ -90,8 +83,8 @@ def test_regaussianize(vectors: Vectors, case: str) -> None:
     given = vectors.under(f"{case}/")
     values, draws = (given[name].flatten(1).T for name in ("noise_in", "foreign"))
     rows, counts = regaussianize(values, given["labels"].flatten(), draws)
-    check(vectors, f"{case}/noise_out", rows.T.view_as(given["noise_in"]), vectors.header["tolerance"])
-    check(vectors, f"{case}/counts", counts.view_as(given["labels"]), 0)
+    vectors.check_within(f"{case}/noise_out", rows.T.view_as(given["noise_in"]), vectors.header["tolerance"])
+    vectors.check_within(f"{case}/counts", counts.view_as(given["labels"]), 0)
 
 
 # Several steps, and what goes in and out.
@@ -108,9 +101,9 @@ def test_steps(vectors: Vectors, case: str) -> None:
     saved = [states[step] for step in config["saved_steps_of_noise_and_weight"]]
     down = torch.stack([downscale_noise(noise, config["downscale"]) for noise, _ in states])
     tolerance = vectors.header["tolerance"]
-    check(vectors, f"{case}/noise", torch.stack([noise for noise, _ in saved]), tolerance["noise"])
-    check(vectors, f"{case}/weight", torch.stack([weight for _, weight in saved]), tolerance["weight"])
-    check(vectors, f"{case}/down", down, tolerance["down"])
+    vectors.check_within(f"{case}/noise", torch.stack([noise for noise, _ in saved]), tolerance["noise"])
+    vectors.check_within(f"{case}/weight", torch.stack([weight for _, weight in saved]), tolerance["weight"])
+    vectors.check_within(f"{case}/down", down, tolerance["down"])
 
 
 @golden.by_case(TRAINER, "flow_resize*.safetensors", r"(.+)/flow")
@@ -120,7 +113,7 @@ def test_flow_resize(vectors: Vectors, case: str) -> None:
     actual = resize_flow(flow, (height, width), swap_ratios=True)
     name, (lines, columns) = f"{case}/out", config.get("subsample", (1, 1))
     name = name if name in vectors else f"{case}/out_sub"
-    check(vectors, name, actual[:, ::lines, ::columns], vectors.header["tolerance"])
+    vectors.check_within(name, actual[:, ::lines, ::columns], vectors.header["tolerance"])
     if height * flow.shape[2] == width * flow.shape[1]:
         assert torch.equal(actual, resize_flow(flow, (height, width)))
 
@@ -130,7 +123,7 @@ def test_downscale_noise(vectors: Vectors, case: str) -> None:
     noise, factor = vectors[f"{case}/in"], vectors.header["cases"][case]["factor"]
     channel_last = noise.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for layout in (noise, channel_last):
-        check(vectors, f"{case}/out", downscale_noise(layout, factor), vectors.header["tolerance"])
+        vectors.check_within(f"{case}/out", downscale_noise(layout, factor), vectors.header["tolerance"])
 
 
 @golden.by_case(TRAINER, "resize_list*.safetensors", r"(\d+_to_\d+)")
@@ -143,12 +136,12 @@ def test_resize_list(vectors: Vectors, case: str) -> None:
 def test_mix_noise(vectors: Vectors, case: str) -> None:
     noise, fresh, alpha = vectors["noise"], vectors["fresh"], vectors["alphas"][int(case)]
     tolerance = vectors.header["tolerance"]
-    check(vectors, f"out_{case}", mix_noise(noise, fresh, alpha), tolerance["fp32"])
+    vectors.check_within(f"out_{case}", mix_noise(noise, fresh, alpha), tolerance["fp32"])
     per_sample = mix_noise(torch.cat([noise, noise]), torch.cat([fresh, fresh]), alpha.repeat(2 * len(noise)))
-    check(vectors, f"out_{case}", per_sample[len(noise) :], tolerance["fp32"])
+    vectors.check_within(f"out_{case}", per_sample[len(noise) :], tolerance["fp32"])
     half = mix_noise(noise.bfloat16(), fresh.bfloat16(), alpha)
     assert half.dtype == torch.bfloat16
-    check(vectors, f"out_bf16_{case}", half, tolerance["bf16"])
+    vectors.check_within(f"out_bf16_{case}", half, tolerance["bf16"])
 
 
 # Statistics, of draws of our own.

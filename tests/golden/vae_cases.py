@@ -36,20 +36,8 @@ class Case:
 
     def check(self, name: str, actual: Tensor | float) -> None:
         """Compare with result `name`: |actual - expected| <= atol + rtol |expected|."""
-        expected, limits = self.expected[name], self.tolerance[name]
-        actual = torch.as_tensor(actual).detach()
-        if actual.numel() == expected.numel() == 1:
-            actual = actual.reshape(expected.shape)
-        if expected.dtype == torch.uint8:  # differences of unsigned integers would wrap
-            actual, expected = actual.int(), expected.int()
-        torch.testing.assert_close(
-            actual,
-            expected,
-            atol=float(limits["atol"]),
-            rtol=float(limits["rtol"]),
-            check_dtype=False,
-            msg=lambda text: f"{self.file}: {self.id}/{name}: {text}",
-        )
+        limits = {kind: float(self.tolerance[name][kind]) for kind in ("atol", "rtol")}
+        golden.compare(f"{self.file}: {self.id}/{name}", actual, self.expected[name], **limits, check_dtype=False)
 
     def load_weights(self, module: nn.Module, prefix: str = "", seed: int | None = None) -> nn.Module:
         """Fills a module with the stored weights, else by the recipe; `prefix` is dropped from names before hashing."""

@@ -7,17 +7,21 @@ safetensors file whose header metadata are JSON strings: config, tolerance, note
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).resolve().parents[3] / "shared" / "golden")
+KEYS_DIR = GOLDEN_DIR.parent / "specs" / "keys"  # names and shapes of released weights
 
 
 @dataclass(frozen=True)
@@ -45,36 +49,52 @@ class Vectors:
     def tolerance(self, name: str) -> dict[str, Any]:
         """The header's tolerance for a tensor (with or without its case's name), or for one of its labels.
 
-        The longest pattern that fits wins.
+        The longest pattern that fits wins. A header may state one tolerance for all tensors instead.
         """
-        names = {name, name.partition(".")[2]}
-        rules = self.header["tolerance"]
-        fitting = [pattern for pattern in rules if any(fnmatchcase(each, pattern) for each in names)]
-        if not fitting:
-            raise KeyError(f"{self.path.name} states no tolerance for {name}; it has {list(rules)}")
-        rule = rules[max(fitting, key=len)]
-        return {"exact": True} if rule == "exact" else rule
+        rule = self.header["tolerance"]
+        if rule != "exact" and not {"atol", "rtol"} & rule.keys():
+            names = {name, name.partition(".")[2]}
+            fitting = [pattern for pattern in rule if any(fnmatchcase(each, pattern) for each in names)]
+            if not fitting:
+                raise KeyError(f"{self.path.name} states no tolerance for {name}; it has {list(rule)}")
+            rule = rule[max(fitting, key=len)]
+        return {} if rule == "exact" else rule
 
-    def check(self, name: str, actual: torch.Tensor | float, label: str | None = None) -> None:
-        """Compare with tensor `name` at the header's tolerance for it, or for `label`."""
-        expected = self.tensors[name]
-        actual = torch.as_tensor(actual).detach().to("cpu")
+    def check(
+        self,
+        name: str,
+        actual: torch.Tensor | float,
+        label: str | None = None,
+        *,
+        expected: torch.Tensor | None = None,
+    ) -> None:
+        """Compare with tensor `name`, or with `expected` instead, at the header's tolerance for `name` or `label`."""
+        expected = self.tensors[name] if expected is None else expected
         rule = self.tolerance(label or name)
-        if rule.get("exact"):
-            limits = {"atol": 0.0, "rtol": 0.0}
-        elif "max_abs" in rule:
+        limits = {kind: float(rule.get(kind, 0.0)) for kind in ("atol", "rtol")}
+        if "max_abs" in rule:
             limits = {"atol": float(rule["max_abs"]), "rtol": 0.0}
-        else:
-            limits = {"atol": float(rule.get("atol", 0.0)), "rtol": float(rule.get("rtol", 0.0))}
-        if expected.dtype == torch.uint8:
-            expected, actual = expected.int(), actual.int()  # differences of unsigned integers would wrap
-        torch.testing.assert_close(
-            actual.reshape(expected.shape) if actual.numel() == expected.numel() == 1 else actual,
-            expected,
-            **limits,
-            check_dtype=expected.is_floating_point(),
-            msg=lambda text: f"{self.path.name}: {name}: {text}",
-        )
+        is_float = expected.is_floating_point()
+        compare(f"{self.path.name}: {name}", actual, expected, **limits, check_dtype=is_float)
+
+    def check_within(self, name: str, actual: torch.Tensor, limit: float) -> None:
+        """Compare with tensor `name`, of whatever type, at a largest difference that the header states in words."""
+        expected = self.tensors[name]
+        compare(f"{self.path.name}: {name}", actual.double(), expected.double(), atol=limit, rtol=0.0, check_dtype=True)
+
+
+def compare(
+    where: str, actual: torch.Tensor | float, expected: torch.Tensor, *, atol: float, rtol: float, check_dtype: bool
+) -> None:
+    """|actual - expected| <= atol + rtol |expected|, or an error that starts with `where`; one number has any shape."""
+    actual = torch.as_tensor(actual).detach().to("cpu")
+    if actual.numel() == expected.numel() == 1:
+        actual = actual.reshape(expected.shape)
+    if expected.dtype == torch.uint8:
+        expected, actual = expected.int(), actual.int()  # differences of unsigned integers would wrap
+    torch.testing.assert_close(
+        actual, expected, atol=atol, rtol=rtol, check_dtype=check_dtype, msg=lambda text: f"{where}: {text}"
+    )
 
 
 def _decoded(text: str) -> Any:
@@ -122,3 +142,24 @@ def by_case(trainer: str, pattern: str, key: str, having: str | None = None) -> 
 def _absent(trainer: str, pattern: str, values: int = 1) -> Any:
     reason = f"no vectors {pattern} in {GOLDEN_DIR / trainer}: set GOLDEN_DIR"
     return pytest.param(*[None] * values, marks=pytest.mark.skip(reason=reason), id="absent")
+
+
+def filled(module: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """A module with the weights that an entry of a header tells by `weights_seed` and, for comparison, their sums."""
+    state, sums = rule_weights(module, config["weights_seed"]), config["weights_check"]
+    assert {name: value.double().sum().item() for name, value in state.items()} == pytest.approx(sums, abs=1e-9)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def rule_weights(module: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Weights that follow from a seed and the sorted names, by the rule of NOVA's files: halves, as float32."""
+    state = {}
+    for number, (name, value) in enumerate(sorted(module.state_dict().items())):
+        n = np.random.RandomState(seed * 100_003 + number).standard_normal(tuple(value.shape)).astype(np.float32)
+        if n.ndim > 1:
+            n = n / np.sqrt(n.size / n.shape[0])
+        else:
+            n = 1 + 0.1 * n if n.ndim == 1 and name.endswith(".weight") else 0.1 * n
+        state[name] = torch.as_tensor(n).half().float()
+    return state

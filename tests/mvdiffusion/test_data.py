@@ -1,12 +1,12 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from spheres import Sphere, write_object
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 from common.data import SampleLoader, SamplePlan
@@ -33,9 +33,6 @@ from mvdiffusion.data.preparation import (
     recentre,
     vae_pixels,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from spheres import Sphere, write_object  # noqa: E402
 
 SIX = VIEW_LISTS[6]
 UPRIGHT = fixed_poses(SIX, "upright")

@@ -38,7 +38,7 @@ FEW = ["--num_inference_steps", "2", "--device", "cpu", "--mixed_precision", "no
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_cpu(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device cpu` hides the GPUs: from this test alone."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
@@ -184,7 +184,7 @@ def test_a_bad_photograph_does_not_take_others_along(model, photos, tmp_path, ca
     output = tmp_path / "out"
     failures = run(model, "--input", folder, "--output_dir", output, "--batch_size", 6)
     assert sorted(failures) == ["bad", "empty", "ghost"]
-    assert "bad.png: cannot be read as an image" in failures["bad"] and "0 bytes" in failures["empty"]
+    assert failures["bad"].startswith("cannot be read as an image") and "0 bytes" in failures["empty"]
     assert failures["ghost"].startswith("the photograph is transparent everywhere: there is no object")
     assert sorted(path.name for path in output.iterdir()) == ["Fox", "cat", "owl"]
     printed = capsys.readouterr()
@@ -229,7 +229,7 @@ def test_poses_are_those_of_training(model, checkpoint, tmp_path, caplog):
 def test_a_damaged_record_is_named(model, photos, tmp_path):
     (tmp_path / "out/owl").mkdir(parents=True)
     (tmp_path / "out/owl/views.json").write_text("{")
-    with pytest.raises(ValueError, match="owl/views.json is damaged, it is no JSON"):
+    with pytest.raises(ValueError, match="owl/views.json is no valid JSON"):
         run(model, "--input", photos / "owl.png", "--output_dir", tmp_path / "out")
 
 
@@ -265,10 +265,10 @@ def test_settings_and_paths_that_do_not_fit(model, photos, tmp_path, capsys):
         return find_jobs(PARSER.parse(["--model", "m", *map(str, arguments)])[0].data)
 
     assert [job.name for job in jobs("--input", photos, "--output_dir", "o")] == ["Fox", "cat", "owl"]
-    with pytest.raises(FileNotFoundError, match="nope was not found; tried .*; set --input to where it is"):
+    with pytest.raises(FileNotFoundError, match="nope was not found; .*set --input to where it is"):
         jobs("--input", tmp_path / "nope", "--output_dir", "o")
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="none holds no photographs: files ending in .png, .jpg"):
+    with pytest.raises(ValueError, match="none holds no images: files ending in .png, .jpg"):
         jobs("--input", tmp_path / "none", "--output_dir", "o")
     (tmp_path / "none/a.png").touch()
     (tmp_path / "none/a.jpg").touch()

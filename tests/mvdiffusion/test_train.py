@@ -1,25 +1,20 @@
 """Training as users start it: the documented commands, stages, resume, exports, and what bad input is told."""
 
 import json
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import running
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
+from running import ROOT, assert_close, assert_same_checkpoint, entries, launch, metrics
 from safetensors.torch import load_file, save_file
 
 from mvdiffusion.config import PARSER, MVData, resolved
-from mvdiffusion.train import conv_in_init, main, validation_background
+from mvdiffusion.train import conv_in_init, validation_background
 
-FOLDER = Path(__file__).parents[2] / "mvdiffusion"
-BIN = Path(sys.executable).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-RESULTS = "step kind loss mse_normal mse_colour grad_norm lr epoch psnr ssim normals_deg"
 SMALL = (
     "--pretrained_config_path_unet null --num_views 2 --resolution 64 --num_validation_samples 2 --report_to none "
     "--dataloader_num_workers 0 --max_validation_items 1 --num_inference_steps 2 --validation_guidance_scale 2 "
@@ -27,54 +22,12 @@ SMALL = (
 )
 
 
-def launch(launcher: str, *words: object) -> str:
-    """The documented script from its folder; returns what it printed."""
-    command = [*shlex.split(launcher), "train_image_variation.py", *SMALL.split(), *map(str, words)]
-    command[0] = str(BIN / command[0])
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def train(*words: object) -> None:
-    """One training run in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    main([*SMALL.split(), *map(str, words)])
+    running.train("mvdiffusion", *SMALL.split(), *words)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """What a run that cannot start prints; it must be one message and no traceback."""
-    with pytest.raises(SystemExit) as exit:
-        train(*words)
-    assert exit.value.code in (1, 2)
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
-
-
-def metrics(output_dir: Path) -> list[dict]:
-    """metrics.jsonl without the clock's readings."""
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k in RESULTS.split()} for record in records]
-
-
-def assert_close(ours: Path, reference: Path, tolerance: float) -> None:
-    """Two runs reported the same."""
-    for one, other in zip(metrics(ours), metrics(reference), strict=True):
-        assert one.keys() == other.keys() and one["kind"] == other["kind"]
-        for name in other.keys() - {"kind"}:
-            assert one[name] == pytest.approx(other[name], rel=tolerance), name
-
-
-def assert_same_checkpoint(ours: Path, theirs: Path, names: tuple[str, ...]) -> None:
-    """Models and optimizer are equal bit for bit."""
-    for name in names:
-        found, expected = (load_file(folder / name / WEIGHTS) for folder in (ours, theirs))
-        assert all(torch.equal(found[key], expected[key]) for key in expected), name
-    found, expected = (torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in (ours, theirs))
-    for index, state in expected.items():
-        assert all(torch.equal(found[index][key], value) for key, value in state.items())
+    return running.refused(capsys, "mvdiffusion", *SMALL.split(), *words)
 
 
 @pytest.fixture
@@ -93,7 +46,8 @@ def single(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, renders: 
     folder = tmp_path_factory.mktemp("single") / "run"
     words = f"--pretrained_model_name_or_path {checkpoint} --train_data_dir {renders} --output_dir {folder}"
     more = "--train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 2 --checkpointing_steps 1"
-    output = launch("python", *words.split(), *more.split())
+    script = ["python", "train_image_variation.py", *SMALL.split()]
+    output = launch(*script, *words.split(), *more.split(), folder=ROOT / "mvdiffusion")
     assert "num_views 2 x 2 domains x train_batch_size 2 = 8 rows" in output
     assert "conv_in.weight widened" in output and "6 items" in output
     return folder
@@ -107,17 +61,6 @@ def test_the_documented_single_gpu_command(single: Path) -> None:
     assert {path.name for path in (single / "validation" / "step-000002").iterdir()} == {"000-cfg2.png", "sheet.png"}
     expected = {"manifest.json", "optimizer.bin", "random_states_0.pkl", "trainer_state.json", "unet"}
     assert {path.name for path in (single / "checkpoint-2").iterdir()} == expected
-
-
-def test_the_documented_parallel_command_matches_one_process(
-    single: Path, tmp_path: Path, checkpoint: Path, renders: Path
-) -> None:
-    words = f"--pretrained_model_name_or_path {checkpoint} --train_data_dir {renders} --output_dir {tmp_path / 'run'}"
-    more = "--train_batch_size 2 --gradient_accumulation_steps 1 --max_train_steps 2 --checkpointing_steps 1"
-    config = FOLDER.parent / "accelerate_configs" / "cpu_2_processes.yaml"
-    launch(f"accelerate launch --config_file {config}", *words.split(), *more.split())
-    assert_close(tmp_path / "run", single, 1e-4)
-    assert (tmp_path / "run" / "checkpoint-2" / "random_states_1.pkl").exists()  # every process saves
 
 
 def test_the_export_reloads_as_a_pipeline(single: Path) -> None:
@@ -142,7 +85,7 @@ def test_resume_is_bit_exact(flags: list[str], tmp_path: Path, precision: str) -
     train(*flags, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     ours, theirs = (tmp_path / name / "checkpoint-4" for name in ("cut", "whole"))
-    assert_same_checkpoint(ours, theirs, ("unet", "unet_ema"))
+    assert_same_checkpoint(ours, theirs)
     exported, averaged = load_file(tmp_path / "whole/export/unet" / WEIGHTS), load_file(theirs / "unet_ema" / WEIGHTS)
     assert all(torch.equal(exported[key], averaged[key]) for key in averaged)
 
@@ -175,10 +118,10 @@ def test_the_cache_gives_the_loss_of_raw_images(flags: list[str], tmp_path: Path
     cached = ["--cache_latents", tmp_path / "cache"]
     train(*flags, *cached, "--output_dir", tmp_path / "cached")
     assert_close(tmp_path / "cached", tmp_path / "raw", 1e-4)
-    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert len(entries) == 6 * 3 * 2  # objects, backgrounds, mirrored or not
+    before = entries(tmp_path / "cache")
+    assert len(before) == 6 * 3 * 2  # objects, backgrounds, mirrored or not
     train(*flags, *cached, "--output_dir", tmp_path / "again")
-    assert entries == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert entries(tmp_path / "cache") == before
     assert metrics(tmp_path / "again") == metrics(tmp_path / "cached")
 
 
@@ -230,7 +173,7 @@ def test_bad_held_out_objects_and_photographs_are_left_out(
         assert text in written
 
 
-def test_views_that_are_not_finite_do_not_end_a_run(
+def test_views_that_are_not_finite_are_not_measured(
     flags: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = load_file(checkpoint / "unet" / WEIGHTS)
@@ -238,18 +181,10 @@ def test_views_that_are_not_finite_do_not_end_a_run(
     shutil.copytree(checkpoint / "unet", tmp_path / "unet")
     save_file(weights, tmp_path / "unet" / WEIGHTS)
     flags += ["--pretrained_unet_path", str(tmp_path / "unet"), "--max_train_steps", "1"]
-    train(*flags, "--output_dir", tmp_path / "run")
+    message = refused(capsys, *flags, "--output_dir", tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["psnr"] is None
-    assert "after step 1 the views of 000 at guidance 2 are not finite" in capsys.readouterr().err
-
-
-def test_an_object_that_is_not_cached_says_why(flags: list[str], renders: Path, tmp_path: Path) -> None:
-    shutil.copytree(renders, tmp_path / "renders")
-    next((tmp_path / "renders").glob("00/*/rgb_000_back.png")).write_bytes(b"no picture")
-    flags += ["--train_data_dir", str(tmp_path / "renders"), "--cache_latents", str(tmp_path / "cache")]
-    train(*flags, "--max_bad_fraction", "0.5", "--output_dir", tmp_path / "run")
-    (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
-    assert "rgb_000_back.png: has no readable image header" in json.loads(line)["reason"]
+    assert "after step 1 the views of 000 at guidance 2 are not finite" in message
+    assert "none of the 1 steps was finite" in message
 
 
 def test_how_the_first_layer_starts() -> None:

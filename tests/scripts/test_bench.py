@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
         "mv_training.py --size tiny --repeats 1",
         "mv_attention.py --side 8 --repeats 2 --device cpu",
         "noise_warp.py --size tiny --turns 1",
+        "measuring.py",
     ],
 )
 def test_it_runs(command: str) -> None:

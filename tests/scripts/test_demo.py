@@ -2,9 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -168,9 +173,10 @@ def test_running_mean_and_spread() -> None:
     assert report.spread([10, 12, 11, 60], 15) == [10, 40, 25, 60]
 
 
+@pytest.mark.parametrize("form", ["--flag_{n}", "--flag_{n}=a", "a.b.flag_{n}=it's a value"])
 @pytest.mark.parametrize("flags", [3, 40])
-def test_wrapped_commands_are_the_same_to_a_shell(flags: int) -> None:
-    words = ["run", "x.py", *(word for n in range(flags) for word in (f"--flag_{n}", f"a value {n}"))]
+def test_wrapped_commands_are_the_same_to_a_shell(flags: int, form: str) -> None:
+    words = ["run", "x.py", *(word for n in range(flags) for word in (form.format(n=n), f"a value {n}"))]
     line = report.wrapped(shlex.join(words), indent="  ")
     assert shlex.split(line.replace("\\\n", "")) == words
     assert max(map(len, line.splitlines())) <= report.COMMAND_COLUMNS + 4
@@ -211,8 +217,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> demo.Demo:
         explanation="",
         train=lambda places: [*launcher, str(places.run)],
         use=lambda places: {},
+        minutes=1,
         steps=20,
-        interrupt_after_steps=4,
         metric=METRIC,
         pictures=lambda places: [],
         written=lambda places: {},
@@ -228,11 +234,13 @@ def test_training_is_interrupted_and_its_checkpoint_found(
 ) -> None:
     where = places(tmp_path)
     command, step = demo.run_until_interrupted(toy, toy.train(where), where, tmp_path)
-    assert 4 <= step < 999
+    assert 8 <= step < 999
     assert (where.run / f"checkpoint-{step}").is_dir()
     assert command.note == f"stopped by SIGTERM, saved checkpoint-{step}, exit status 0"
     assert command.line == "python launch.py train.py run"
-    assert re.search(r"step \d+ of 20, loss 0\.\d{3}\n.*SIGTERM at step \d+", capsys.readouterr().out, re.S)
+    out = capsys.readouterr().out
+    assert re.search(r"step \d+ of 20, loss 0\.\d{3}\n.*SIGTERM at step \d+", out, re.S)
+    assert all(line.startswith("toy              | ") for line in out.splitlines())
 
 
 def test_an_interruption_that_saves_nothing_is_a_failure(toy: demo.Demo, tmp_path: Path) -> None:
@@ -265,10 +273,64 @@ def test_the_demo_ends_with_the_status_of_the_failed_step(
     assert not old.exists()  # what an earlier demo left is replaced
 
 
+def test_a_part_that_fails_is_named_and_the_others_finish(
+    part: report.Part,
+    toy: demo.Demo,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad, good = (dataclasses.replace(toy, trainer=name) for name in ("bad", "good"))
+
+    def run_demo(entry: demo.Demo, output: Path) -> report.Part:
+        if entry is bad:
+            raise demo.StepFailed("bad, train: exit status 3; the end of a log:\n    oh", 3)
+        return dataclasses.replace(part, trainer=entry.trainer)
+
+    monkeypatch.setattr(demo, "DEMOS", (bad, good))
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    with pytest.raises(SystemExit) as caught:
+        demo.main(["--jobs", "2"])
+    assert caught.value.code == 3
+    out, error = capsys.readouterr()
+    assert "good     60     2.000" in out and "good wrote:" in out
+    assert error == "error: bad, train: exit status 3; the end of a log:\n    oh\n"
+    page = (demo.OUTPUT / "report.html").read_text()
+    assert "Failed: bad, train: exit status 3; the end of a log:" in page and "<pre>" in page
+
+
+def test_parts_run_at_the_same_time_and_are_reported_in_their_order(
+    toy: demo.Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demos = [dataclasses.replace(toy, trainer=name, minutes=minutes) for name, minutes in (("a", 1), ("b", 2))]
+    both, begun = threading.Barrier(2), []
+
+    def run_demo(entry: demo.Demo, output: Path) -> str:
+        begun.append(entry.trainer)
+        both.wait(timeout=30)
+        return entry.trainer
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    assert demo.run_all(demos, tmp_path, jobs=2) == (["a", "b"], [])
+    assert begun == ["b", "a"]
+
+
+def test_an_interrupted_demo_ends_its_commands(toy: demo.Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "STOPPING", threading.Event())
+    demo.STOPPING.set()
+    with pytest.raises(demo.StepFailed, match="toy, use: interrupted"):
+        demo.run_step("use", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, tmp_path, toy)
+
+
+def test_less_than_one_job_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(["--jobs", "0"])
+    assert capsys.readouterr().err.endswith("error: --jobs is 0; it must be 1 or more\n")
+
+
 def test_every_demo_is_a_trainer_of_the_repository() -> None:
     for entry in demo.DEMOS:
         assert (demo.ROOT / entry.trainer.split("_t2")[0] / "train.py").is_file()
-        assert 0 < entry.interrupt_after_steps < entry.steps
+        assert len(entry.trainer) <= demo.NAME_COLUMNS
     assert [entry.trainer for entry in demo.DEMOS] == [
         "gaussian_refiner",
         "vae",
@@ -310,3 +372,57 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
     whole = json.dumps({"step": 3, "kind": "train", "loss": 0.5}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 4, "kind": "tr')
     assert demo.last_training_record(tmp_path) == {"step": 3, "kind": "train", "loss": 0.5}
+
+
+# The scripts around it ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a script of a repository whose pip installs nothing, on a disk with so many free GB."""
+    programs = {".venv/bin/pip": "exit 0", ".venv/bin/python": 'echo "ran $*"'}
+    for name, body in programs.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "scripts").mkdir()
+    for name in ("setup_env.sh", "demo.sh"):
+        shutil.copy(demo.ROOT / "scripts" / name, tmp_path / "scripts")
+
+    def run(script: str, free_gb: float) -> subprocess.CompletedProcess:
+        df = tmp_path / "programs" / "df"
+        df.parent.mkdir(exist_ok=True)
+        free_kib = round(free_gb * 1e9 / 1024) + 1
+        df.write_text(f"#!/bin/sh\necho Filesystem 1024-blocks Used Available\necho /dev/a 1 1 {free_kib} 9% /\n")
+        df.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{df.parent}:{os.environ['PATH']}"}
+        command = ["bash", str(tmp_path / "scripts" / script)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_little_room_for_a_first_installation_is_a_warning(installed: Callable, tmp_path: Path) -> None:
+    done = installed("setup_env.sh", free_gb=9.5)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        f"warning: {tmp_path} has 9 GB of free disk space; a first installation needs 10 GB",
+        "installing into .venv (the first time takes some minutes)",
+    ]
+    assert installed("setup_env.sh", free_gb=9.5).stderr == ""  # it is installed
+
+
+def test_enough_room_is_not_spoken_of(installed: Callable) -> None:
+    done = installed("setup_env.sh", free_gb=10)
+    assert done.stderr == "installing into .venv (the first time takes some minutes)\n"
+
+
+def test_no_room_for_the_demo_is_an_error(installed: Callable, tmp_path: Path) -> None:
+    installed("setup_env.sh", free_gb=20)
+    done = installed("demo.sh", free_gb=0.9)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"error: {tmp_path} has 900 MB of free disk space; the demo writes 1000 MB into runs/demo\n"
+    done = installed("demo.sh", free_gb=1)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ran scripts/demo.py\n", "")

@@ -1,7 +1,10 @@
 """The Slurm script between stand-ins for srun, scontrol and accelerate: what starts where, who gets which signal."""
 
+import importlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,8 +13,19 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm_train.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "slurm_train.sh"
+EXAMPLES = [shlex.split(line) for line in re.findall(r"^#   (.*sbatch .*)$", SCRIPT.read_text(), re.M)]
+ENTRIES = {
+    "scripts/train.py": "diffnext",
+    "gaussian_refiner/train_repair_cross_attn_version.py": "gaussian_refiner",
+    "mvdiffusion/train_image_variation.py": "mvdiffusion",
+    "training_ggi/exps/T073-000.py": "training_ggi",
+    "vae/train_ddp.py": "vae",
+}
+ENTRY = "vae/train_ddp.py"
 SCONTROL = """
 import os, pathlib, sys
 if sys.argv[1:] == ["show", "hostnames", "gpu[07-08]"]:
@@ -71,6 +85,8 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         program.write_text(f"#!{sys.executable}\n{code}")
         program.chmod(0o755)
     (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / ENTRY).parent.mkdir()
+    (tmp_path / ENTRY).touch()
     job = {"SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_GPUS_PER_NODE": "h100:8"}
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **job, "SLURM_CPUS_PER_TASK": "64", "PATH": path, "WORKER": str(tmp_path / "worker.py")}
@@ -83,30 +99,57 @@ def test_it_is_valid_shell() -> None:
     assert "#SBATCH --ntasks-per-node=1" in directives
 
 
-def test_every_machine_starts_its_launcher(tmp_path: Path, cluster: dict[str, str]) -> None:
+@pytest.mark.parametrize("launcher_file", [None, "accelerate_configs/fsdp2.yaml"])
+def test_every_machine_starts_its_launcher(tmp_path: Path, cluster: dict[str, str], launcher_file: str | None) -> None:
     arguments = ["--output_dir", "a folder", "loss.noise_offset=0.1"]
-    subprocess.run(
-        ["bash", SCRIPT, *arguments], check=True, cwd=tmp_path, env={**cluster, "ENDS_WITH": "0"}, timeout=60
-    )
+    environment = {**cluster, "ENDS_WITH": "0"} | ({"LAUNCHER_FILE": launcher_file} if launcher_file else {})
+    subprocess.run(["bash", SCRIPT, ENTRY, *arguments], check=True, cwd=tmp_path, env=environment, timeout=60)
     assert json.loads((tmp_path / "srun.json").read_text()) == ["--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     for rank in range(2):
-        assert json.loads((tmp_path / f"accelerate-{rank}.json").read_text()) == [
-            *("launch", "--config_file", "accelerate_configs/multi_node.yaml"),
+        words = json.loads((tmp_path / f"accelerate-{rank}.json").read_text())
+        assert words == [
+            *("launch", "--config_file", launcher_file or "accelerate_configs/multi_node.yaml"),
             *("--num_machines", "2", "--num_processes", "16", "--machine_rank", str(rank)),
             *("--main_process_ip", "gpu07", "--main_process_port", "24567"),
-            *("gaussian_refiner/train_repair_cross_attn_version.py", "--resume_from_checkpoint", "latest"),
-            *arguments,
+            *(ENTRY, "checkpoint.resume_from_checkpoint=latest", *arguments),
         ]
+        assert launch_command_parser().parse_args(words[1:]).training_script_args == words[-4:]
+        assert (ROOT / words[2]).is_file()
     assert not (tmp_path / "requeued").exists()
 
 
-def test_the_files_that_it_names_are_there() -> None:
-    for name in ("accelerate_configs/multi_node.yaml", "gaussian_refiner/train_repair_cross_attn_version.py"):
-        assert name in SCRIPT.read_text() and (SCRIPT.parents[1] / name).is_file()
+def test_there_is_an_example_for_every_trainer() -> None:
+    assert {word for words in EXAMPLES for word in words if word in ENTRIES} == set(ENTRIES)
+
+
+@pytest.mark.parametrize("words", EXAMPLES, ids=lambda words: " ".join(words)[:60])
+def test_the_examples_are_understood_and_continue_a_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert all(Path(word).is_file() for word in words if word.startswith(("scripts/", "vae/", "configs/")))
+    assert all(
+        Path(word.partition("=")[2]).is_file() for word in words if word.startswith(("LAUNCHER_FILE=", "config="))
+    )
+    (entry,) = [word for word in words if word in ENTRIES]
+    parser = importlib.import_module(f"{ENTRIES[entry]}.config").PARSER
+    arguments = words[words.index(entry) + 1 :]
+    config, warnings = parser.parse(["checkpoint.resume_from_checkpoint=latest", *arguments])
+    assert not warnings and config.checkpoint.resume_from_checkpoint == "latest"
+    chosen, _ = parser.parse(["checkpoint.resume_from_checkpoint=latest", *arguments, "--resume_from_checkpoint", "x"])
+    assert chosen.checkpoint.resume_from_checkpoint == "x"
+
+
+@pytest.mark.parametrize("words", [[], ["--output_dir", "x"], ["vae/train.sh"]])
+def test_a_script_must_be_named(tmp_path: Path, cluster: dict[str, str], words: list[str]) -> None:
+    done = subprocess.run(["bash", SCRIPT, *words], cwd=tmp_path, env=cluster, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        f"error: '{(words or [''])[0]}' is no file in {tmp_path}: the first argument is a training script"
+        in done.stderr
+    )
 
 
 def test_a_run_that_fails_is_not_queued_again(tmp_path: Path, cluster: dict[str, str]) -> None:
-    done = subprocess.run(["bash", SCRIPT], cwd=tmp_path, env={**cluster, "ENDS_WITH": "3"}, timeout=60)
+    done = subprocess.run(["bash", SCRIPT, ENTRY], cwd=tmp_path, env={**cluster, "ENDS_WITH": "3"}, timeout=60)
     assert done.returncode == 3 and not (tmp_path / "requeued").exists()
 
 
@@ -114,7 +157,7 @@ def test_a_run_that_fails_is_not_queued_again(tmp_path: Path, cluster: dict[str,
 @pytest.mark.parametrize("everyone", [False, True])
 def test_the_early_signal_saves_and_queues_again(tmp_path: Path, cluster: dict[str, str], everyone: bool) -> None:
     environment = {**cluster, **({"EVERYONE": "yes"} if everyone else {})}
-    job = subprocess.Popen(["bash", SCRIPT], cwd=tmp_path, env=environment)
+    job = subprocess.Popen(["bash", SCRIPT, ENTRY], cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 30
     while len(list(tmp_path.glob("training-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)

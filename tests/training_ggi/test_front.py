@@ -191,14 +191,6 @@ def test_flow_between_repeated_frames_is_the_same(flow_network: RAFT, moving: Te
     torch.testing.assert_close(flow[:, 0], flow[:, 1])
 
 
-def test_flow_in_lower_precision(flow_network: RAFT, moving: Tensor) -> None:
-    pair = moving[:, :2]
-    exact = raft.clip_flow(flow_network, pair)
-    rough = raft.clip_flow(flow_network, pair.bfloat16(), autocast_dtype=torch.bfloat16)
-    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
-    assert (rough - exact).abs().mean() < 0.1 * exact.abs().mean()
-
-
 @pytest.mark.parametrize(
     ("height", "width", "complaint"),
     [
@@ -246,10 +238,10 @@ def test_wrong_weights(tmp_path: Path) -> None:
     ):
         load_hed(tmp_path / "hed.pth")
     save_file(tiny_hed().state_dict(), tmp_path / "hed.safetensors")
-    with pytest.raises(ValueError, match="31 of another shape: block1.convs.0.bias"):
+    with pytest.raises(ValueError, match="31 of another shape: block1.convs.0.weight"):
         load_hed(tmp_path / "hed.safetensors")
     (tmp_path / "raft.pth").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=r"raft.pth holds no readable weights \(\w+\): download it again"):
+    with pytest.raises(ValueError, match="raft.pth was refused: it is damaged, .* Copy it again"):
         raft.load_raft(tmp_path / "raft.pth")
 
 

@@ -57,7 +57,7 @@ CLIP_FILES = ["clip.json", "clip.mp4", "last.png"]
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_cpu(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device cpu` hides the GPUs: from this test alone."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
@@ -65,13 +65,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def load_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries patch torch while they load, which threads must not do at once."""
-    load, lock = infer.load_generator, Lock()
+    load, lock = infer.load_model, Lock()
 
     def load_alone(*arguments: Any) -> Any:
         with lock:
             return load(*arguments)
 
-    monkeypatch.setattr(infer, "load_generator", load_alone)
+    monkeypatch.setattr(infer, "load_model", load_alone)
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ class Process:
 
 def run(result: Path, *arguments: object, num_processes: int = 1) -> dict[str, str]:
     """Why segments went wrong, of all processes, by name."""
-    config, _ = PARSER.parse(["--result", str(result), *map(str, arguments), *FEW])
+    config, _ = PARSER.parse(["--model", str(result), *map(str, arguments), *FEW])
     barrier = Barrier(num_processes, timeout=60)
     with ThreadPoolExecutor(num_processes) as pool:
         jobs = [pool.submit(infer.infer, config, Process(n, barrier), torch.float32) for n in range(num_processes)]
@@ -391,7 +391,7 @@ def run(result: Path, *arguments: object, num_processes: int = 1) -> dict[str, s
 
 def test_a_chain_of_segments(runs, segments, tmp_path, capsys):
     output = tmp_path / "clips"
-    arguments = ["--result", str(runs["lora"]), "--input", str(segments), "--output_dir", str(output), *FEW]
+    arguments = ["--model", str(runs["lora"]), "--input", str(segments), "--output_dir", str(output), *FEW]
     arguments += ["--frames", "true", "--write_noise", "true"]
     main(arguments)
     assert "2 of 2 segments are there" in capsys.readouterr().out
@@ -406,6 +406,7 @@ def test_a_chain_of_segments(runs, segments, tmp_path, capsys):
     assert (noise.shape, noise.dtype) == ((3, 4, 6, 16), np.float32) and abs(noise.std() - 1) < 0.1
     records = [json.loads((output / name / "clip.json").read_text()) for name in ("arc0", "arc1")]
     assert [each["first"] for each in records] == [str(segments / "image_0.png"), str(output / "arc0/last.png")]
+    assert records[0]["result"] == str(runs["lora"])
     assert records[0]["degradation"] == 0.5 and records[0]["prompt"] == ""
 
     # What is missing is made again, and is the same; the rest is left alone.
@@ -420,6 +421,14 @@ def test_a_chain_of_segments(runs, segments, tmp_path, capsys):
         main([*arguments, "--seed", "1"])
     expected = "clip.json was made with another seed: give another --output_dir, or --overwrite true"
     assert expected in capsys.readouterr().err
+
+
+def test_older_spellings_hold():
+    rest = ["--input", "i", "--output_dir", "o"]
+    assert PARSER.parse(["--result", "log", *rest]) == PARSER.parse(["--model", "log", *rest])
+    old = "--run log --output o --format upstream export.use_ema=true export.dtype=fp32".split()
+    new = "--model log --output_dir o --format upstream --use_ema true --dtype fp32".split()
+    assert export.PARSER.parse(old) == export.PARSER.parse(new)
 
 
 def test_results_do_not_depend_on_processes(runs, segments, tmp_path):
@@ -467,7 +476,7 @@ def test_a_broken_segment_takes_those_after_it_along_and_no_others(runs, segment
         shutil.copytree(segments, scenes / name)
     (scenes / "a/arc0/hed/0.png").write_bytes(b"no image")
     with pytest.raises(SystemExit, match="1"):
-        main(["--result", str(runs["lora"]), "--input", str(scenes), "--output_dir", str(tmp_path / "out"), *FEW])
+        main(["--model", str(runs["lora"]), "--input", str(scenes), "--output_dir", str(tmp_path / "out"), *FEW])
     printed = capsys.readouterr()
     assert "2 of 4 segments are there" in printed.out and "2 segments went wrong:" in printed.err
     assert "hed/0.png: cannot be read as an image" in printed.err
@@ -481,9 +490,9 @@ def test_problems_of_settings_are_named_together(capsys, runs, segments, tmp_pat
     printed = capsys.readouterr().err
     assert "either --input (a folder of segments), or --first, --last, --edges and one of --flow and" in printed
     assert "given are --first" in printed
-    assert "--output_dir is required" in printed and "--result is required" in printed
+    assert "--output_dir is required" in printed and "--model is required" in printed
     with pytest.raises(SystemExit):
-        main(["--input", "a", "--flow", "b", "--output_dir", "c", "--result", "d"])
+        main(["--input", "a", "--flow", "b", "--output_dir", "c", "--model", "d"])
     assert "--input names the files of its segments: leave --flow out" in capsys.readouterr().err
     arguments = ["--input", segments, "--output_dir", tmp_path / "out"]
     with pytest.raises(ValueError, match=r"the learned position table is for 9 frames of 32x48 px .*, not 13 of 32x48"):
@@ -510,7 +519,7 @@ def test_all_forms_of_a_result_are_one_transformer(mode, runs, tmp_path):
     # The original's form, from the export and from the checkpoint.
     for source in (folder, folder / "checkpoint-2"):
         output = tmp_path / source.name / "transformer"
-        arguments = ["--format", "upstream", "--run", source, "--output_dir", output, "--dtype", "fp32"]
+        arguments = ["--format", "upstream", "--model", source, "--output_dir", output, "--dtype", "fp32"]
         export.main([*map(str, arguments)])
         (path,) = output.glob("*.safetensors")
         weights = load_file(path)
@@ -526,7 +535,7 @@ def test_all_forms_of_a_result_are_one_transformer(mode, runs, tmp_path):
 def test_the_small_form(mode, runs, tmp_path):
     for source in (runs[mode], runs[mode] / "checkpoint-2"):
         output = tmp_path / source.name
-        export.main(["--format", "diffusers", "--run", str(source), "--output_dir", str(output)])
+        export.main(["--format", "diffusers", "--model", str(source), "--output_dir", str(output)])
         exported = runs[mode] / "export"
         assert files(output) == files(exported)
         for name in files(output):
@@ -542,19 +551,19 @@ def test_what_cannot_be_exported(runs, base, tmp_path, capsys):
         return capsys.readouterr().err
 
     to = ["--output_dir", tmp_path / "out"]
-    printed = refused("--format", "diffusers", "--run", runs["full"], *to)
+    printed = refused("--format", "diffusers", "--model", runs["full"], *to)
     assert (
         "holds all weights of the transformer, as train_mode full changes them: that is no LoRA. Use --form" in printed
     )
-    assert "--format is required" in refused("--run", runs["full"], *to)
-    printed = refused("--format", "upstream", "--run", runs["lora"], *to, "--use_ema", "true")
+    assert "--format is required" in refused("--model", runs["full"], *to)
+    printed = refused("--format", "upstream", "--model", runs["lora"], *to, "--use_ema", "true")
     assert "holds no averaged weights (transformer_ema): leave use_ema out" in printed
-    printed = refused("--format", "upstream", "--run", runs["lora"], *to, "--base_lora", "none.safetensors")
+    printed = refused("--format", "upstream", "--model", runs["lora"], *to, "--base_lora", "none.safetensors")
     assert "none.safetensors was not found" in printed
-    printed = refused("--format", "upstream", "--run", runs["lora"], *to, "--base", tmp_path / "none")
+    printed = refused("--format", "upstream", "--model", runs["lora"], *to, "--base", tmp_path / "none")
     assert f"the folder {tmp_path}/none of the base model does not exist" in printed
 
-    small = ["--format", "diffusers", "--run", runs["lora"], *to]
+    small = ["--format", "diffusers", "--model", runs["lora"], *to]
     export.main([*map(str, small)])
     assert "out holds weights already: give another --output_dir, or --overwrite true" in refused(*small)
     (tmp_path / "out/notes.txt").touch()
@@ -563,7 +572,7 @@ def test_what_cannot_be_exported(runs, base, tmp_path, capsys):
 
 
 def test_the_original_reads_one_rank_alone(runs, tmp_path, capsys):
-    export.main(["--format", "upstream", "--run", str(runs["lora"]), "--output_dir", str(tmp_path)])
+    export.main(["--format", "upstream", "--model", str(runs["lora"]), "--output_dir", str(tmp_path)])
     assert "the base LoRA has rank 8: the original's inference reads rank 2048 alone" in capsys.readouterr().err
     path = next(tmp_path.glob("*.safetensors"))
     assert {weight.dtype for weight in load_file(path).values()} == {torch.bfloat16}

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vae.models.base import Autoencoder
 from vae.models.causalvae import CausalVAE, CausalVAEConfig
 from vae.models.load import build_model, load_model
-from vae.models.pretrained import PretrainedModel
 from vae.models.wfvae2 import WFVAE2, WFVAE2Config
 
 KEYS_DIR = Path(__file__).resolve().parents[3] / "shared" / "specs" / "keys"
@@ -16,7 +16,7 @@ TINY = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_bl
 TINY2 = WFVAE2Config(base_channels=(4, 6, 8), encoder_energy_flow_size=4, decoder_energy_flow_size=4)
 
 
-def tiny(config: CausalVAEConfig | WFVAE2Config, seed: int = 0) -> PretrainedModel:
+def tiny(config: CausalVAEConfig | WFVAE2Config, seed: int = 0) -> Autoencoder:
     torch.manual_seed(seed)
     return (CausalVAE if isinstance(config, CausalVAEConfig) else WFVAE2)(config).eval()
 

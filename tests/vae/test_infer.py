@@ -47,8 +47,8 @@ def clip(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(weights: Path):
     def call(source: Path, output: Path | None, *flags: str) -> None:
-        outputs = [] if output is None else ["--output", str(output)]
-        main(["--from_pretrained", str(weights), "--input", str(source), *outputs, "--device", "cpu", *flags])
+        outputs = [] if output is None else ["--output_dir", str(output)]
+        main(["--model", str(weights), "--input", str(source), *outputs, "--device", "cpu", *flags])
 
     return call
 
@@ -149,8 +149,8 @@ def test_a_folder_goes_on_and_names_what_went_wrong(run, clip, tmp_path, capsys)
         assert stopped.value.code == 1
     printed = capsys.readouterr()
     assert sorted(str(p.relative_to(output)) for p in output.rglob("*.*")) == ["image.png", "sub/clip.mp4"]
-    assert printed.out.count("2 of 3 inputs are reconstructed") == 2
-    assert "2 of 3 outputs exist and are kept; --overwrite makes them again" in printed.out
+    assert printed.out.count("2 of 3 inputs are there") == 2
+    assert "2 of 3 inputs exist and are kept; --overwrite true makes them again" in printed.out
     assert f"1 inputs went wrong:\n  {source / 'bad.mp4'}: cannot be read as video" in printed.err
 
 
@@ -169,6 +169,7 @@ def test_latent_statistics(run, weights, clip, videos, tmp_path, capsys):
     np.testing.assert_allclose(found["std"], latents.std(1), rtol=5e-3)
     np.testing.assert_allclose(np.multiply(found["scale"], found["std"]), 1)
     assert found["shift"] == found["mean"] and found["num_latents"] == 4 * 3 * 5 * 6
+    assert found["settings"]["from_pretrained"] == str(weights) and "output_dir" not in found["settings"]
     printed = capsys.readouterr().out
     assert "a diffusion model takes (latent - shift) * scale: {" in printed and f"{found['std'][2]:.5f}" in printed
 
@@ -187,11 +188,11 @@ def test_what_cannot_work_is_said(run, clip, tmp_path, capsys):
         (clip, clip, (), "would overwrite the input: choose another name"),
         (clip.parent, tmp_path / "out.mp4", (), "out.mp4 must be a folder, because --input"),
         (clip.parent, clip.parent / "out", (), "choose a folder beside it"),
-        (clip, None, (), "--output is required: a file (for one input) or a folder"),
+        (clip, None, (), "--output_dir is required: a folder, or for one input a file"),
         (clip, tmp_path / "out", ("--latent_stats",), "must end in .json with --latent_stats"),
         (clip, tmp_path / "out", ("--height", "16"), "height and width must be given together"),
-        (tmp_path / "absent.mp4", tmp_path / "out", (), "absent.mp4 was not found; tried"),
-        (clip, tmp_path / "out", ("--from_pretrained", str(tmp_path)), "holds no weights: --from_pretrained takes"),
+        (tmp_path / "absent.mp4", tmp_path / "out", (), "absent.mp4 was not found"),
+        (clip, tmp_path / "out", ("--model", str(tmp_path)), "holds no weights: --model takes"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(source, output, *flags)

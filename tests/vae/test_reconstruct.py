@@ -226,7 +226,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(flags, dataset, tmp
     crops = [*flags, "--crop_size", "16", "--crop_size_height", "16", "--crop_size_width", "16"]
     assert "crop_size excludes crop_size_height and crop_size_width" in problem(capsys, crops)
     text = problem(capsys, ["--num_frames", "9"])
-    assert "--from_pretrained (weights) is required" in text and "--real_video_dir (folder of the videos)" in text
+    assert "--model is required: folder with weights" in text and "--real_video_dir is required: folder" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -289,7 +289,7 @@ def test_weights_are_found_in_a_run(weights, tmp_path):
     assert find_weights(run / "checkpoint-5") == run / "checkpoint-5/vae_ema"
     assert find_weights(weights / "diffusion_pytorch_model.safetensors") == weights
     shutil.rmtree(run / "export")
-    with pytest.raises(FileNotFoundError, match="holds no weights: --from_pretrained takes a folder with config.json"):
+    with pytest.raises(FileNotFoundError, match="holds no weights: --model takes a folder with config.json"):
         find_weights(run)  # its checkpoint's manifest lists nothing: it is not whole
 
 
@@ -301,7 +301,7 @@ def test_a_trained_average_is_loaded(weights, tmp_path):
     model.save_pretrained(tmp_path / "vae_ema")
     config = json.loads((tmp_path / "vae_ema/config.json").read_text())
     (tmp_path / "vae_ema/config.json").write_text(json.dumps(config | {"decay": 0.999, "optimization_step": 5}))
-    loaded, source = load_vae(WeightsConfig(from_pretrained=str(tmp_path)), torch.device("cpu"))
+    loaded, source = load_vae(WeightsConfig(model=str(tmp_path)), torch.device("cpu"))
     assert source == tmp_path / "vae_ema" and not loaded.last_layer.any() and not loaded.training
 
 
@@ -311,5 +311,5 @@ def test_a_ckpt_of_the_original_is_loaded(weights, tmp_path):
     torch.save(content, tmp_path / "checkpoint-7.ckpt")
     (tmp_path / "config.json").write_text((weights / "config.json").read_text())
     for source in (tmp_path, tmp_path / "checkpoint-7.ckpt"):
-        loaded, _ = load_vae(WeightsConfig(from_pretrained=str(source), model_name="WFVAE"), torch.device("cpu"))
+        loaded, _ = load_vae(WeightsConfig(model=str(source), model_name="WFVAE"), torch.device("cpu"))
         torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)

@@ -1,15 +1,11 @@
 """Tiles of frames and overlapping runs of frames: geometry, cross-fades, what is refused."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae.models.posterior import DiagonalGaussian
-from vae.models.tiling import Tiles, decode_tiles, encode_tiles, tiled_decode, tiled_encode, time_chunks
-from vae.models.wfvae import WFVAE, WFVAEConfig
+from vae.models.tiling import Tiles, decode_tiles, encode_tiles, time_chunks
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -74,36 +70,3 @@ def test_tiles_that_are_not_whole_latents_are_refused() -> None:
 )
 def test_runs_of_frames(arguments: tuple[int, int, int], expected: list[tuple[int, int]]) -> None:
     assert [(chunk.start, chunk.stop) for chunk in time_chunks(*arguments)] == expected
-
-
-def test_any_model_in_tiles() -> None:
-    model = SimpleNamespace(
-        spatial_factor=8, encode=lambda x: DiagonalGaussian(pooled(x.repeat(1, 2, 1, 1, 1))), decode=enlarged
-    )
-    x = torch.randn(1, 2, 3, 72, 40)
-    z = tiled_encode(model, x, tile_px=32).mean
-    torch.testing.assert_close(z, pooled(x))
-    torch.testing.assert_close(tiled_decode(model, z, tile_px=32), enlarged(z))
-
-
-@torch.no_grad()
-def test_wfvae_in_tiles_and_chunks() -> None:
-    torch.manual_seed(0)
-    config = WFVAEConfig(
-        latent_dim=4,
-        base_channels=4,
-        encoder_energy_flow_hidden_size=4,
-        decoder_energy_flow_hidden_size=4,
-        norm_type="layernorm",
-        t_interpolation="trilinear",
-    )
-    model = WFVAE(config).eval()
-    x = torch.rand(1, 3, 13, 32, 48) * 2 - 1
-    z = model.encode(x).mode()
-    assert torch.equal(tiled_encode(model, x, tile_px=64).mode(), z)  # one tile holds the frame
-    assert torch.equal(tiled_decode(model, z, tile_px=64), model.decode(z))
-    in_tiles = tiled_encode(model, x, tile_px=32), tiled_decode(model, z, tile_px=32)
-    assert in_tiles[0].moments.shape == (1, 8, 4, 4, 6) and in_tiles[1].shape == x.shape
-    model.enable_tiling()
-    torch.testing.assert_close(tiled_encode(model, x, tile_px=32).moments, in_tiles[0].moments, atol=1e-4, rtol=0)
-    torch.testing.assert_close(tiled_decode(model, z, tile_px=32), in_tiles[1], atol=1e-4, rtol=0)

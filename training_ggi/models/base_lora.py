@@ -15,7 +15,8 @@ from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from training_ggi.models.transformer import GGI_IN_CHANNELS, complain_about_keys
+from common.pretrained import check_keys
+from training_ggi.models.transformer import GGI_IN_CHANNELS
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def _check_weights(
 ) -> int:
     """The rank, if the keys and shapes are those of all targets."""
     names = {f"{PREFIX}{target}.lora_{name}.weight": (target, name) for target in targets for name in "AB"}
-    complain_about_keys(
+    check_keys(
         f"{path} is no LoRA of this transformer's {len(targets)} attention projections",
         names.keys() - shapes.keys(),
         shapes.keys() - names.keys(),
@@ -117,7 +118,7 @@ def _check_weights(
         expected = (rank, features_in) if name == "A" else (features_out, rank)
         if shapes[key] != expected:
             wrong.append(f"{key} {shapes[key]} instead of {expected}")
-    complain_about_keys(f"{path} does not fit the transformer at rank {rank}, that of {first}", (), (), wrong)
+    check_keys(f"{path} does not fit the transformer at rank {rank}, that of {first}", (), (), wrong)
     return rank
 
 

@@ -4,8 +4,7 @@ They are loaded one by one, as not all of them are needed at once.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
+from common.pretrained import first_line, load_part
 from training_ggi.models.transformer import LATENT_PX
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def load_vae(
         FileNotFoundError: it is not there.
     """
     load = AutoencoderKLCogVideoX.from_pretrained
-    vae = _load(load, "VAE", path_or_id, "vae", revision, cache_dir, variant=variant)
+    vae = load_part(load, "VAE", path_or_id, "vae", revision, cache_dir, variant=variant)
     if tiling and _tiles_fit(vae):
         vae.enable_tiling()
     elif tiling:
@@ -66,7 +66,7 @@ def load_text_encoder(
 ) -> T5EncoderModel:
     """T5 in the precision of its file, frozen, in eval mode; FileNotFoundError if it is not there."""
     load, options = T5EncoderModel.from_pretrained, {"variant": variant, "dtype": "auto"}
-    encoder = _load(load, "text encoder", path_or_id, "text_encoder", revision, cache_dir, **options)
+    encoder = load_part(load, "text encoder", path_or_id, "text_encoder", revision, cache_dir, **options)
     return encoder.eval().requires_grad_(False)
 
 
@@ -80,10 +80,10 @@ def load_tokenizer(
         ValueError: it cannot be read, e.g. for want of the package sentencepiece.
     """
     try:
-        return _load(AutoTokenizer.from_pretrained, "tokenizer", path_or_id, "tokenizer", revision, cache_dir)
+        return load_part(AutoTokenizer.from_pretrained, "tokenizer", path_or_id, "tokenizer", revision, cache_dir)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"the tokenizer of {path_or_id} cannot be read ({_first_line(error)}): a spiece.model needs the package "
+            f"the tokenizer of {path_or_id} cannot be read ({first_line(error)}): a spiece.model needs the package "
             "sentencepiece (extra t5)"
         ) from error
 
@@ -91,37 +91,7 @@ def load_tokenizer(
 def load_scheduler_config(path_or_id: str, revision: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
     """The checkpoint's `scheduler_config.json`; FileNotFoundError if it is not there."""
     load = CogVideoXDDIMScheduler.load_config  # of any scheduler's file
-    return dict(_load(load, "scheduler", path_or_id, "scheduler", revision, cache_dir))
-
-
-def _load(
-    load: Callable[..., Any],
-    what: str,
-    path_or_id: str,
-    subfolder: str,
-    revision: str | None,
-    cache_dir: str | None,
-    **options: Any,
-) -> Any:
-    root = Path(path_or_id)
-    folder = root / subfolder
-    if root.is_dir() and not folder.is_dir():
-        found = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
-        raise FileNotFoundError(f"the {what} is looked for in {folder}, but {root} has no {subfolder}; it has {found}")
-    if not root.is_dir() and (root.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") > 1):
-        raise FileNotFoundError(f"the folder {path_or_id}, where the {what} is looked for, does not exist")
-    hub = {} if root.is_dir() else {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder}
-    try:
-        return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
-    except OSError as error:
-        where = folder if root.is_dir() else f"{path_or_id}, which is no folder, and no hub id within reach"
-        raise FileNotFoundError(
-            f"the {what} cannot be loaded from {where} ({_first_line(error)}): name a folder that holds the base model"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return dict(load_part(load, "scheduler", path_or_id, "scheduler", revision, cache_dir))
 
 
 @torch.no_grad()
@@ -142,19 +112,17 @@ def encode_prompts(
 
 
 @torch.no_grad()
-def video_moments(vae: AutoencoderKLCogVideoX, clip: Tensor, batch_size: int | None = None) -> Tensor:
+def video_moments(vae: AutoencoderKLCogVideoX, clip: Tensor) -> Tensor:
     """Moments of the posterior, mean then log variance, unscaled and not clamped.
 
     Args:
         clip: (B, F, 3, H, W) in [-1, 1], F = 1 or 4 k + 1.
-        batch_size: clips at a time; None is all.
 
     Returns:
         (B, 2 C, F', H / 8, W / 8) float32, F' = (F - 1) / 4 + 1.
     """
     videos = clip.transpose(1, 2).to(vae.device, vae.dtype)  # (B, 3, F, H, W)
-    parts = [vae.encode(part).latent_dist.parameters.float() for part in videos.split(batch_size or len(videos))]
-    return torch.cat(parts)  # (B, 2 C, F', h, w)
+    return vae.encode(videos).latent_dist.parameters.float()  # (B, 2 C, F', h, w)
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DPTForDepthEstimation
 
+from common.pretrained import check_keys, first_line
 from training_ggi.models.frames import Size
 from training_ggi.models.raft import load_frozen
-from training_ggi.models.transformer import complain_about_keys
 
 EdgeSource = Literal["depth_hed", "hed"]
 DepthRange = Literal["frame", "clip"]
@@ -210,12 +210,12 @@ def load_midas(source: str | Path = MIDAS_ID) -> DPTForDepthEstimation:
     except OSError as error:
         raise FileNotFoundError(
             f"the weights of the depth network, {source}, are neither here nor to be downloaded "
-            f"({str(error).splitlines()[0]}): give a folder with a copy of {MIDAS_ID} from the Hub"
+            f"({first_line(error)}): give a folder with a copy of {MIDAS_ID} from the Hub"
         ) from error
     if not midas.config.is_hybrid:
         raise ValueError(f"{source} is not DPT-hybrid but another DPT: take {MIDAS_ID}")
     missing = [key for key in info["missing_keys"] if not key.startswith(MIDAS_UNUSED)]
-    complain_about_keys(f"{source} does not hold the weights of DPT-hybrid", missing, ())
+    check_keys(f"{source} does not hold the weights of DPT-hybrid", missing, ())
     return midas.eval().requires_grad_(False)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common.diffusion import add_noise, velocity
 from training_ggi.models.noise_warp import mix_noise
-from training_ggi.models.schedule import add_noise, velocity
 from training_ggi.models.transformer import RotaryTables, model_input, predict_velocity
 
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -3.0, 0.5  # of the noise on the end images: sigma is 0.05 in the median

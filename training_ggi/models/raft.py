@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.optical_flow import RAFT, Raft_Large_Weights, raft_large
 
+from common.pretrained import load_exactly, read_tensors
 from training_ggi.models.frames import resize_antialiased
-from training_ggi.models.transformer import complain_about_keys
 
 RAFT_URL = Raft_Large_Weights.C_T_SKHT_V2.url
 SIDE_MULTIPLE_PX, MIN_SIDE_PX = 8, 128
@@ -20,19 +19,7 @@ def load_frozen(network: nn.Module, path: Path, name: str) -> None:
     Raises:
         ValueError: the file cannot be read, or is not of this network.
     """
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = {key: tensor.shape for key, tensor in weights.items()}
-    except Exception as error:  # damaged files of either kind raise many types
-        raise ValueError(f"{path} holds no readable weights ({type(error).__name__}): download it again") from error
-    expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
-    others = [key for key in expected.keys() & shapes.keys() if expected[key] != shapes[key]]
-    missing, unexpected = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
-    complain_about_keys(f"{path} does not hold the weights of {name}", missing, unexpected, others)
-    network.load_state_dict(weights)
+    load_exactly(network, read_tensors(path), path, name)
     network.eval().requires_grad_(False)
 
 
@@ -67,7 +54,7 @@ def half_size(clip: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_flow(raft: RAFT, clip: Tensor, batch_size: int = 8, autocast_dtype: torch.dtype | None = None) -> Tensor:
+def clip_flow(raft: RAFT, clip: Tensor, batch_size: int = 8) -> Tensor:
     """The flow from each frame to the next one, the last of RAFT's 12 estimates.
 
     Args:
@@ -75,7 +62,6 @@ def clip_flow(raft: RAFT, clip: Tensor, batch_size: int = 8, autocast_dtype: tor
         clip: (B, F, 3, H, W) in [-1, 1], F >= 2. Repeated last frames are frames like others: the flow between them is
             almost zero, but not quite.
         batch_size: pairs of frames at a time.
-        autocast_dtype: bfloat16 or float16 for the convolutions; None computes in float32, as the original does.
 
     Returns:
         float32 (B, F - 1, 2, H // 2, W // 2): (dx, dy) in pixels of this half-size grid.
@@ -96,7 +82,7 @@ def clip_flow(raft: RAFT, clip: Tensor, batch_size: int = 8, autocast_dtype: tor
     device = next(raft.parameters()).device
     frames = half_size(clip.to(device))  # (B, F, 3, H / 2, W / 2)
     first, second = frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)  # (B * (F - 1), 3, H / 2, W / 2)
-    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with torch.autocast(device.type, enabled=False):  # in float32, as the original does
         pairs = zip(first.split(batch_size), second.split(batch_size), strict=True)
         flows = [raft(*pair)[-1].float() for pair in pairs]
     return torch.cat(flows).unflatten(0, (num_clips, num_frames - 1))  # (B, F - 1, 2, H / 2, W / 2)

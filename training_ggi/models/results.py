@@ -13,8 +13,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from common.pretrained import WEIGHTS_STEM, check_keys, first_line, read_json, read_tensors
 from training_ggi.models.base_lora import (
     BASE_ADAPTER,
     METADATA,
@@ -31,12 +32,11 @@ from training_ggi.models.base_lora import (
     lora_targets,
     read_lora_file,
 )
-from training_ggi.models.transformer import complain_about_keys, widen_patch_embed
+from training_ggi.models.transformer import widen_patch_embed
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' default
 PROJECTION_NAME = "patch_embed_proj.safetensors"
 PROJECTION_KEYS = ("patch_embed.proj.weight", "patch_embed.proj.bias")
-WEIGHTS_STEM = "diffusion_pytorch_model"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -98,11 +98,11 @@ def load_result(
     if missing:
         raise FileNotFoundError(f"{directory} is no result of training: it lacks {' and '.join(missing)}")
     lora = read_lora_file(directory / LORA_NAME, transformer)
-    projection = load_file(path)
+    projection = read_tensors(path)
     with safe_open(path, framework="pt") as file:
         mode = (file.metadata() or {}).get("train_mode")
     current = {key: transformer.get_parameter(key) for key in PROJECTION_KEYS}
-    complain_about_keys(
+    check_keys(
         f"{path} is no patch embedding of this transformer",
         current.keys() - projection.keys(),
         projection.keys() - current.keys(),
@@ -203,7 +203,7 @@ def _taken_apart(
     settings = transformer.peft_config[NEW_ADAPTER]
     scale = settings.lora_alpha / settings.r
     targets = lora_targets(transformer)
-    complain_about_keys(f"{stored.folder} is not the base model", {f"{t}.weight" for t in targets} - stored.keys(), ())
+    check_keys(f"{stored.folder} is not the base model", {f"{t}.weight" for t in targets} - stored.keys(), ())
 
     def weight(target: str) -> torch.Tensor:
         down, up = (new[f"{target}.lora_{name}.weight"] for name in "AB")
@@ -272,7 +272,7 @@ def load_upstream(
         raise ValueError(f"{stored.folder} has no {first}: it is no checkpoint of the original's form")
     transformer = _empty_transformer(stored.folder, stored.shape(first)[0])
     shapes = {key: tuple(tensor.shape) for key, tensor in transformer.state_dict().items()}
-    complain_about_keys(
+    check_keys(
         f"{stored.folder} does not fit its config",
         shapes.keys() - stored.keys(),
         stored.keys() - shapes.keys(),
@@ -287,7 +287,7 @@ def load_upstream(
 
 def _empty_transformer(folder: Path, rank: int | None) -> CogVideoXTransformer3DModel:
     """The transformer of a folder's config, on the meta device, with a LoRA of that rank if any."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(config)
         widen_patch_embed(transformer)  # a config may say 32 where the weights have 48
@@ -315,8 +315,9 @@ def _transformer_folder(base: str | Path, revision: str | None) -> Path:
         try:
             folder = Path(snapshot_download(str(base), revision=revision, allow_patterns="transformer/*"))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(f"{base} is neither a folder nor a model id that can be had: {reason}") from error
+            raise FileNotFoundError(
+                f"{base} is neither a folder nor a model id that can be had: {first_line(error)}"
+            ) from error
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
 

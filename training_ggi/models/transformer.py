@@ -10,12 +10,13 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
+from common.pretrained import check_keys, first_line, is_local, parameter_dtype, widen_conv
+
 LATENT_CHANNELS = 16
 STOCK_IN_CHANNELS = 32  # noisy latents, then latents of the images
 GGI_IN_CHANNELS = 48  # the same, then latents of the condition
 LATENT_PX = 8  # image pixels per latent pixel
 LATENT_FRAMES = 4  # frames per latent frame, the first latent frame being one frame alone
-NAMED_KEYS = 5  # how many offending keys an error lists
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
 
@@ -45,35 +46,22 @@ def load_transformer(
         ValueError: weights are missing, left over or of another shape, or the model is another one.
     """
     name = str(folder_or_id)
-    if (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+    if is_local(name) and not Path(name).is_dir():
         raise FileNotFoundError(f"the folder {name} of the base model does not exist")
     try:
         transformer, info = CogVideoXTransformer3DModel.from_pretrained(
             name, subfolder=subfolder, torch_dtype=torch_dtype, output_loading_info=True, **hub_options
         )
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"no transformer at {name}{f'/{subfolder}' if subfolder else ''}: {reason}. Give the folder of "
-            "CogVideoX-5b-I2V in diffusers layout, or its id on the Hub"
+            f"no transformer at {name}{f'/{subfolder}' if subfolder else ''}: {first_line(error).rstrip('.')}. Give "
+            "the folder of CogVideoX-5b-I2V in diffusers layout, or its id on the Hub"
         ) from error
-    complain_about_keys(f"{name} does not fit its transformer's config", info["missing_keys"], info["unexpected_keys"])
+    check_keys(f"{name} does not fit its transformer's config", info["missing_keys"], info["unexpected_keys"])
     widen_patch_embed(transformer)
     if ignore_learned_positional_embeddings:
         drop_position_table(transformer)
     return transformer.eval()
-
-
-def complain_about_keys(what: str, missing: Any, unexpected: Any, others: Any = ()) -> None:
-    """Raise a ValueError that counts the keys that differ and names the first ones; nothing if there are none."""
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": others}
-    lines = []
-    for kind, keys in kinds.items():
-        keys = sorted(keys)
-        more = ", ..." if len(keys) > NAMED_KEYS else ""
-        lines += [f"{len(keys)} {kind}: {', '.join(keys[:NAMED_KEYS])}{more}"] if keys else []
-    if lines:
-        raise ValueError(f"{what}; {'; '.join(lines)}")
 
 
 def widen_patch_embed(
@@ -109,27 +97,6 @@ def widen_patch_embed(
         transformer.patch_embed.proj = widen_conv(narrow, in_channels)
     transformer.register_to_config(in_channels=in_channels)
     return transformer
-
-
-def widen_conv(narrow: torch.nn.Conv2d, in_channels: int) -> torch.nn.Conv2d:
-    """A copy of a convolution with more input channels, behind the old ones; their weights are zero."""
-    # skip_init draws no random numbers, so widening leaves the run's random state alone.
-    wide = torch.nn.utils.skip_init(
-        torch.nn.Conv2d,
-        in_channels,
-        narrow.out_channels,
-        narrow.kernel_size,
-        narrow.stride,
-        bias=narrow.bias is not None,
-        device=narrow.weight.device,
-        dtype=narrow.weight.dtype,
-    )
-    with torch.no_grad():
-        wide.weight.zero_()
-        wide.weight[:, : narrow.in_channels] = narrow.weight
-        if narrow.bias is not None:
-            wide.bias.copy_(narrow.bias)
-    return wide.requires_grad_(narrow.weight.requires_grad)
 
 
 def drop_position_table(transformer: CogVideoXTransformer3DModel) -> None:
@@ -256,7 +223,7 @@ def predict_velocity(
     Returns:
         (B, F, 16, h, w) float32.
     """
-    dtype = next(transformer.parameters()).dtype
+    dtype = parameter_dtype(transformer)
     return transformer(
         hidden_states=inputs.to(dtype),
         encoder_hidden_states=prompt_embeds.to(dtype),

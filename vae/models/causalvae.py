@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vae.models.base import Autoencoder
 from vae.models.layers import (
     AttnBlock3D,
     AttnBlock3DFix,
@@ -17,7 +18,6 @@ from vae.models.layers import (
     normalize,
 )
 from vae.models.posterior import DiagonalGaussian
-from vae.models.pretrained import PretrainedModel, VaeOutput
 from vae.models.resample import (
     Downsample,
     Spatial2x3DDownsample,
@@ -142,6 +142,10 @@ class CausalVAEConfig:
         return _count(getattr(self, temporal)) + sum(entry in ALSO_IN_TIME for entry in getattr(self, spatial))
 
     @property
+    def latent_channels(self) -> int:
+        return self.embed_dim if self.use_quant_layer else self.z_channels
+
+    @property
     def widths(self) -> tuple[int, ...]:
         return tuple(self.hidden_size * mult for mult in self.hidden_size_mult)
 
@@ -263,15 +267,14 @@ class _Tiling:
     tiles: Tiles
 
 
-class CausalVAE(PretrainedModel):
+class CausalVAE(Autoencoder):
     """The autoencoder: x (B, 3, T, H, W) in [-1, 1]; by default T = 4 n + 1 and H, W are multiples of 8."""
 
     config_class = CausalVAEConfig
-    has_wavelet_coefficients = False
 
     def __init__(self, config: CausalVAEConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or CausalVAEConfig()
+        super().__init__(config)
+        config = self.config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         if config.use_quant_layer:
             conv = CONVS[config.q_conv]
@@ -280,20 +283,7 @@ class CausalVAE(PretrainedModel):
         self._tiling: _Tiling | None = None
 
     @property
-    def spatial_factor(self) -> int:
-        return self.config.spatial_factor
-
-    @property
-    def temporal_factor(self) -> int:
-        return self.config.temporal_factor
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.embed_dim if self.config.use_quant_layer else self.config.z_channels
-
-    @property
     def last_layer(self) -> nn.Parameter:
-        """The weight at which the losses' gradients are balanced."""
         conv = self.decoder.conv_out
         return conv.weight if isinstance(conv, Conv2d) else conv.conv.weight
 
@@ -304,7 +294,6 @@ class CausalVAE(PretrainedModel):
         return [self.post_quant_conv, self.decoder] if self.config.use_quant_layer else [self.decoder]
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """(B, 3, T, H, W) in [-1, 1] -> posterior of (B, z, t, h, w); ValueError for sizes as in `check_size`."""
         self.check_size(*x.shape[2:])
         tiling = self._tiling
         if tiling is None or (x.shape[2] <= tiling.frames and max(x.shape[-2:]) <= tiling.tiles.tile_px):
@@ -317,7 +306,6 @@ class CausalVAE(PretrainedModel):
         return DiagonalGaussian(torch.cat(parts, dim=2))
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, z, t, h, w) -> (B, 3, T, H, W), about [-1, 1]."""
         tiling, factor = self._tiling, self.temporal_factor
         latents = (tiling.frames - 1) // factor + 1 if tiling else 0  # of a run
         if tiling is None or (z.shape[2] <= latents and max(z.shape[-2:]) <= tiling.tiles.latents):
@@ -335,12 +323,6 @@ class CausalVAE(PretrainedModel):
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z) if self.config.use_quant_layer else z)
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> VaeOutput:
-        """Reconstruction from a posterior sample, or from its mode without noise (B, z, t, h, w)."""
-        posterior = self.encode(x)
-        z = posterior.mode() if noise is None else posterior.sample(noise)
-        return VaeOutput(self.decode(z), posterior.moments, ())
 
     def enable_tiling(
         self, tile_px: int = 256, tile_frames: int = 9, overlap: float = 0.125, shared_latents: int = 2

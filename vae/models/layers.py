@@ -6,6 +6,7 @@ a `Stream` when a video comes in chunks; the others accept it, so that any of th
 
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -212,16 +213,18 @@ def add(out: Tensor, shortcut: Tensor) -> Tensor:
 class _ResnetBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, dropout, conv; plus the input, through a convolution where widths differ."""
 
+    conv_class: ClassVar[type[nn.Module]]
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        conv: Callable[..., nn.Module],
-        dropout: float,
-        norm_type: str,
-        conv_shortcut: bool,
+        dropout: float = 0.0,
+        norm_type: str = "groupnorm",
+        conv_shortcut: bool = False,
     ) -> None:
         super().__init__()
+        conv = self.conv_class
         self.norm1 = normalize(in_channels, norm_type)
         self.conv1 = conv(in_channels, out_channels, kernel_size=3, padding=1)
         self.norm2 = normalize(out_channels, norm_type)
@@ -246,15 +249,7 @@ class _ResnetBlock(nn.Module):
 class ResnetBlock2D(_ResnetBlock):
     """A residual block of each frame: (B, C, [T,] H, W) -> (B, C', [T,] H, W)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        dropout: float = 0.0,
-        norm_type: str = "groupnorm",
-        conv_shortcut: bool = False,
-    ) -> None:
-        super().__init__(in_channels, out_channels, Conv2d, dropout, norm_type, conv_shortcut)
+    conv_class = Conv2d
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         return per_frame(super().forward, channels_last(x))
@@ -263,22 +258,17 @@ class ResnetBlock2D(_ResnetBlock):
 class ResnetBlock3D(_ResnetBlock):
     """A causal residual block: (B, C, T, H, W) -> (B, C', T, H, W)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        dropout: float = 0.0,
-        norm_type: str = "groupnorm",
-        conv_shortcut: bool = False,
-    ) -> None:
-        super().__init__(in_channels, out_channels, CausalConv3d, dropout, norm_type, conv_shortcut)
+    conv_class = CausalConv3d
 
 
 class _AttnBlock(nn.Module):
     """Single-head self-attention among the positions of a frame, plus the input."""
 
-    def __init__(self, in_channels: int, conv: Callable[..., nn.Module], norm_type: str) -> None:
+    conv_class: ClassVar[type[nn.Module]]
+
+    def __init__(self, in_channels: int, norm_type: str = "groupnorm") -> None:
         super().__init__()
+        conv = self.conv_class
         self.norm = normalize(in_channels, norm_type)
         self.q = conv(in_channels, in_channels, kernel_size=1)
         self.k = conv(in_channels, in_channels, kernel_size=1)
@@ -304,15 +294,13 @@ class _AttnBlock(nn.Module):
 class AttnBlock2D(_AttnBlock):
     """For images (B, C, H, W)."""
 
-    def __init__(self, in_channels: int, norm_type: str = "groupnorm") -> None:
-        super().__init__(in_channels, Conv2d, norm_type)
+    conv_class = Conv2d
 
 
 class AttnBlock3DFix(_AttnBlock):
     """For the frames of a video (B, C, T, H, W)."""
 
-    def __init__(self, in_channels: int, norm_type: str = "groupnorm") -> None:
-        super().__init__(in_channels, CausalConv3d, norm_type)
+    conv_class = CausalConv3d
 
 
 class AttnBlock3D(AttnBlock3DFix):

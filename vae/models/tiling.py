@@ -6,12 +6,9 @@ frame. Linear cross-fades hide the seams as far as they can.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from vae.models.posterior import DiagonalGaussian
 
 
 @dataclass(frozen=True)
@@ -67,24 +64,6 @@ def decode_tiles(decode: Callable[[Tensor], Tensor], z: Tensor, tiles: Tiles) ->
     """A clip from latents (B, z, t, h, w), tile by tile, with cross-fades between pixels."""
     shared = tiles.shared_latents
     return _by_tiles(decode, z, tiles.latents, tiles.latents - shared, tiles.tile_px, shared * tiles.spatial_factor)
-
-
-def tiled_encode(model: Any, x: Tensor, tile_px: int = 256, overlap: float = 0.25) -> DiagonalGaussian:
-    """`model.encode` tile by tile; where the model's causal cache is enabled, each tile passes it in chunks of frames.
-
-    Args:
-        x: (B, 3, T, H, W) in [-1, 1].
-    """
-    if max(x.shape[-2:]) <= tile_px:
-        return model.encode(x)
-    tiles = Tiles(tile_px, overlap, model.spatial_factor)
-    return DiagonalGaussian(encode_tiles(lambda tile: model.encode(tile).moments, x, tiles))
-
-
-def tiled_decode(model: Any, z: Tensor, tile_px: int = 256, overlap: float = 0.25) -> Tensor:
-    """`model.decode` tile by tile: (B, z, t, h, w) -> (B, 3, T, H, W); see `tiled_encode`."""
-    tiles = Tiles(tile_px, overlap, model.spatial_factor)
-    return model.decode(z) if max(z.shape[-2:]) <= tiles.latents else decode_tiles(model.decode, z, tiles)
 
 
 def time_chunks(num_frames: int, stride_frames: int, reach_frames: int) -> list[slice]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vae.models.base import Autoencoder, VaeOutput
 from vae.models.layers import (
     AttnBlock3D,
     AttnBlock3DFix,
@@ -22,7 +23,6 @@ from vae.models.layers import (
     normalize,
 )
 from vae.models.posterior import DiagonalGaussian
-from vae.models.pretrained import PretrainedModel, VaeOutput
 from vae.models.resample import (
     T_INTERPOLATIONS,
     Downsample,
@@ -107,6 +107,18 @@ class WFVAEConfig:
     def halves_time(self, level: str) -> bool:
         """Whether level "l1" or "l2" works in time as well as in space."""
         return self._blocks(level) == _names(LEVELS[True])
+
+    @property
+    def temporal_factor(self) -> int:
+        return 2 ** (1 + self.halves_time("l1") + self.halves_time("l2"))
+
+    @property
+    def spatial_factor(self) -> int:
+        return 8
+
+    @property
+    def latent_channels(self) -> int:
+        return self.latent_dim
 
     @property
     def l1_bands(self) -> int:
@@ -249,50 +261,26 @@ def _add_low(coefficients: Tensor, low: Tensor) -> Tensor:
     return torch.cat([coefficients[:, :LOW] + low, coefficients[:, LOW:]], dim=1)
 
 
-class WFVAE(PretrainedModel):
+class WFVAE(Autoencoder):
     """The autoencoder: x (B, 3, T, H, W) in [-1, 1], T = 4 n + 1 (8 n + 1 for the 8x model), H and W multiples of 8."""
 
     config_class = WFVAEConfig
     has_wavelet_coefficients = True
-    spatial_factor = 8
 
     def __init__(self, config: WFVAEConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or WFVAEConfig()
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        super().__init__(config)
+        self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
         self._chunk_frames: int | None = None
         self._chunk_latents: int | None = None
 
-    @property
-    def temporal_factor(self) -> int:
-        return 2 ** (1 + self.config.halves_time("l1") + self.config.halves_time("l2"))
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.latent_dim
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight at which the losses' gradients are balanced."""
-        return self.decoder.conv_out.weight
-
-    def encoder_modules(self) -> list[nn.Module]:
-        return [self.encoder]
-
-    def decoder_modules(self) -> list[nn.Module]:
-        return [self.decoder]
-
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """(B, 3, T, H, W) in [-1, 1] -> posterior of (B, z, t, h, w); ValueError for sizes as in `check_size`."""
         self.check_size(*x.shape[2:])
         return DiagonalGaussian(self._encode(x)[0])
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, z, t, h, w) -> (B, 3, T, H, W), about [-1, 1]."""
         return self._decode(z)[0]
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> VaeOutput:
-        """Reconstruction from a posterior sample, or from its mode without noise (B, z, t, h, w)."""
         self.check_size(*x.shape[2:])
         moments, w2, w3 = self._encode(x)
         posterior = DiagonalGaussian(moments)

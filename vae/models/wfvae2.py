@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vae.models.base import Autoencoder
 from vae.models.layers import (
     AttnBlock3D,
     AttnBlock3DFix,
@@ -17,7 +18,6 @@ from vae.models.layers import (
     normalize,
 )
 from vae.models.posterior import DiagonalGaussian
-from vae.models.pretrained import PretrainedModel, VaeOutput
 from vae.models.resample import Downsample, Spatial2xTime2x3DDownsample, Spatial2xTime2x3DUpsample, Upsample
 from vae.models.wavelets import (
     HaarWaveletTransform2D,
@@ -88,6 +88,10 @@ class WFVAE2Config:
         for name, least in (("encoder_num_resblocks", 1), ("decoder_num_resblocks", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+
+    @property
+    def latent_channels(self) -> int:
+        return self.latent_dim
 
     @property
     def outer_type(self) -> str:
@@ -229,54 +233,24 @@ class Decoder(nn.Module):
         return self.inverse_wavelet_transform_out(_add_low(x, low)), found
 
 
-class WFVAE2(PretrainedModel):
-    """The autoencoder: x (B, 3, T, H, W) in [-1, 1]; by default T = 4 n + 1 and H, W are multiples of 8."""
+class WFVAE2(Autoencoder):
+    """The autoencoder: x (B, 3, T, H, W) in [-1, 1]; by default T = 4 n + 1 and H, W are multiples of 8.
+
+    Its coefficients are kept to itself: they are not of the levels that the wavelet loss compares.
+    """
 
     config_class = WFVAE2Config
-    has_wavelet_coefficients = False  # its levels are not those of the wavelet loss
 
     def __init__(self, config: WFVAE2Config | None = None) -> None:
-        super().__init__()
-        self.config = config = config or WFVAE2Config()
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-
-    @property
-    def spatial_factor(self) -> int:
-        return self.config.spatial_factor
-
-    @property
-    def temporal_factor(self) -> int:
-        return self.config.temporal_factor
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.latent_dim
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight at which the losses' gradients are balanced."""
-        return self.decoder.conv_out.weight
-
-    def encoder_modules(self) -> list[nn.Module]:
-        return [self.encoder]
-
-    def decoder_modules(self) -> list[nn.Module]:
-        return [self.decoder]
+        super().__init__(config)
+        self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """(B, 3, T, H, W) in [-1, 1] -> posterior of (B, z, t, h, w); ValueError for sizes as in `check_size`."""
         self.check_size(*x.shape[2:])
         return DiagonalGaussian(self.encoder(x)[0])
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, z, t, h, w) -> (B, 3, T, H, W), about [-1, 1]."""
         return self.decoder(z)[0]
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> VaeOutput:
-        """Reconstruction from a posterior sample, or from its mode without noise (B, z, t, h, w)."""
-        posterior = self.encode(x)
-        z = posterior.mode() if noise is None else posterior.sample(noise)
-        return VaeOutput(self.decode(z), posterior.moments, ())
 
     def enable_tiling(self) -> None:
         """Always a ValueError: this network has no chunked mode, in the original neither."""

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
+from common.pretrained import CONFIG_FILE, read_config
 from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffnext.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from diffnext.models.autoencoders.autoencoder_kl_ltx_video import AutoencoderKLLTXVideo
 from diffnext.models.autoencoders.autoencoder_kl_opensora import AutoencoderKLOpenSora
 from diffnext.models.autoencoders.base import Autoencoder
-from diffnext.models.pretrained import CONFIG_FILE, read_config
 
 CLASSES = {
     each.__name__: each

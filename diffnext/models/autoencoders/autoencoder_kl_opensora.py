@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffnext.models.autoencoders.autoencoder_kl import modern_attention
+from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKLConfig, modern_attention
 from diffnext.models.autoencoders.base import VideoAutoencoder
 from diffnext.models.autoencoders.layers import (
     CausalConv3d,
@@ -20,22 +20,11 @@ from diffnext.models.autoencoders.tiling import TemporalTiling
 
 
 @dataclass(frozen=True)
-class AutoencoderKLOpenSoraConfig:
+class AutoencoderKLOpenSoraConfig(AutoencoderKLConfig):
     """Fields of config.json; levels whose type is named 2D are coded frame by frame."""
 
-    in_channels: int = 3
-    out_channels: int = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 2 + ("DownEncoderBlock3D",) * 2
     up_block_types: tuple[str, ...] = ("UpDecoderBlock3D",) * 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 16
-    sample_size: int = 1024
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    double_z: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
 
     def __post_init__(self) -> None:
         is_3d = ["3D" in name for name in self.down_block_types]

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from common.pretrained import PretrainedModel
 from diffnext.models.autoencoders.tiling import TemporalTiling
 from diffnext.models.posterior import DiagonalGaussianDistribution, IdentityDistribution
-from diffnext.models.pretrained import PretrainedModel
 
 
 class EncoderOutput(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PhiForCausalLM
 
+from common.pretrained import CONFIG_FILE, check_keys
 from diffnext.models.embeddings import TextEmbed
 
 Prompt = str | np.ndarray | Tensor  # an array holds precomputed embeddings (l, token_dim)
@@ -35,8 +36,8 @@ class PhiEncoderModel(PhiForCausalLM):
             ValueError: weights that are not exactly those of the configuration.
         """
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"no {folder / 'config.json'}: give the folder of a Phi text encoder")
+        if not (folder / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"no {folder / CONFIG_FILE}: give the folder of a Phi text encoder")
         try:
             model, report = super().from_pretrained(
                 folder,
@@ -47,17 +48,12 @@ class PhiEncoderModel(PhiForCausalLM):
             )
         except OSError as error:
             raise FileNotFoundError(f"the text encoder in {folder} cannot be loaded: {error}") from error
-        problems = [
-            f"{len(report[key])} {kind}: {', '.join(map(str, sorted(report[key])[:4]))}"
-            for key, kind in (
-                ("missing_keys", "missing"),
-                ("unexpected_keys", "unknown"),
-                ("mismatched_keys", "of another shape"),
-            )
-            if report[key]
-        ]
-        if problems:
-            raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
+        check_keys(
+            f"the weights in {folder} do not fit its config.json",
+            report["missing_keys"],
+            report["unexpected_keys"],
+            map(str, report["mismatched_keys"]),
+        )
         return model.eval()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.pretrained import PretrainedModel
 from diffnext.models.attention import KVCache, rotary_angles
 from diffnext.models.blocks import VisionTransformer
 from diffnext.models.diffusion_mlp import AdaLayerNorm, DiffusionMLP
@@ -31,7 +32,6 @@ from diffnext.models.embeddings import (
 from diffnext.models.masking import MaskEmbed, gather_tokens, split_tokens
 from diffnext.models.noise import NoiseSchedule
 from diffnext.models.objective import NovaDraws, nova_losses, token_losses
-from diffnext.models.pretrained import PretrainedModel
 
 VIT_HEADS = {768: 12, 1024: 16, 1536: 16}
 ARCH_PARTS = {
