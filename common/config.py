@@ -20,6 +20,7 @@ import sysconfig
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -451,7 +452,8 @@ class Parser:
         argv = sys.argv[1:] if argv is None else argv
         rest = [token for token in argv if token not in ("--help", "-h", "--print_config")]
         if "--help" in argv or "-h" in argv:
-            print(self.help())
+            with suppress(BrokenPipeError):  # of `--help | head`
+                print(self.help(), flush=True)
             sys.exit(0)
         try:
             config, warnings = self._read(rest)
@@ -624,6 +626,13 @@ class Parser:
                 warnings.append(f"{spelling} has no effect: {wanted}")
         return warnings
 
+    def shown_spellings(self, knob: Knob) -> list[str]:
+        """Without former places of a field, such as `data.output`: they are there for old files, not to be typed."""
+        sections = {path.split(".")[0] for path in self.knobs}
+        return [
+            spelling for spelling in knob.spellings if "." not in spelling or spelling.split(".")[0] not in sections
+        ]
+
     def help(self) -> str:
         """The `--help` text, generated from the fields: full name, spellings, type, default, meaning."""
         lines = [f"usage: {self.program} [--config FILE.yaml] [section.field=value ...] [--flag value ...]", ""]
@@ -632,14 +641,12 @@ class Parser:
         lines += [f"  {flag} FILE        YAML file; later layers win: defaults < YAML < section.field=value < --flags"]
         lines += ["  --print_config       print the merged configuration and stop"]
         lines += ["  --help               this text"]
-        section, sections = "", {path.split(".")[0] for path in self.knobs}
+        section = ""
         for knob in self.knobs.values():
             if knob.path.split(".")[0] != section:
                 section = knob.path.split(".")[0]
                 lines += ["", f"{section}:"]
-            # A former place of a field, `data.output`, still reads old files; nobody need type it.
-            current = [s for s in knob.spellings if s.split(".")[0] not in sections or "." not in s]
-            spelled = ", ".join([knob.path, *(f"--{s}" for s in current)])
+            spelled = ", ".join([knob.path, *(f"--{s}" for s in self.shown_spellings(knob))])
             default = "null" if knob.default is None else knob.default
             kind = describe_type(knob.annotation)
             lines += [f"  {spelled}", f"      {kind}, default {default}: {knob.metadata['help']}"]

@@ -346,17 +346,26 @@ def load_part(
 
     Raises:
         FileNotFoundError: it is not there.
+        ValueError: it is a part of another kind.
     """
     root = Path(path_or_id)
     folder = root / (subfolder or "")
     if root.is_dir() and not folder.is_dir():
         found = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
-        raise FileNotFoundError(f"the {what} is looked for in {folder}, but {root} has no {subfolder}; it has {found}")
+        hint = f"; the folder of a run is no checkpoint: give {root / 'export'}" if (root / "export").is_dir() else ""
+        raise FileNotFoundError(
+            f"the {what} is looked for in {folder}, but {root} has no {subfolder}; it has {found}{hint}"
+        )
     if not root.is_dir() and is_local(path_or_id):
         raise FileNotFoundError(f"the folder {path_or_id}, where the {what} is looked for, does not exist")
     hub = {} if root.is_dir() else {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder or ""}
     try:
         return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
+    except (TypeError, ValueError) as error:  # settings of another network
+        reason = first_line(error).rstrip(".")
+        raise ValueError(
+            f"{path_or_id} holds no {what} of the kind needed ({reason}): name another checkpoint"
+        ) from error
     except OSError as error:
         where = folder if root.is_dir() else f"{path_or_id}, which is no folder, and no hub id within reach"
         raise FileNotFoundError(

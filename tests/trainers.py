@@ -193,7 +193,7 @@ def diffnext_words(model: Path, data: Path, cache: Path) -> str:
 
 
 def damage_records(data: Path) -> Path:
-    """Overwrites the two records that a run of four steps meets last but one."""
+    """Overwrites all records of the first half but the very first: a run of four steps meets half of all records."""
     offsets = [[int(word) for word in line.split()] for line in (data / "00000.index").read_text().splitlines()]
     content = bytearray((data / "00000.data").read_bytes())
     for offset, length in offsets[1 : NUM_RECORDS // 2]:

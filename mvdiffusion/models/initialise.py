@@ -227,7 +227,9 @@ def _find_source(
         config = weights.with_name(CONFIG_FILE)
         return weights, read_json(config) if config.is_file() else None
     if root.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
-        raise FileNotFoundError(f"no such folder: {path}")
+        raise FileNotFoundError(
+            f"the UNet is looked for in {path}, which is no folder: set pretrained_unet_path to one"
+        )
 
     names = weights_names([WEIGHTS_STEM])
 

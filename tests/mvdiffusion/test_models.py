@@ -477,7 +477,7 @@ def test_sizes_that_cannot_fit_are_named(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder: /nowhere"):
+    with pytest.raises(FileNotFoundError, match="the UNet is looked for in /nowhere, which is no folder"):
         load_unet("/nowhere", num_views=1)
     with pytest.raises(FileNotFoundError, match=r"no weights in .*unet or .*; tried: diffusion_pytorch_model.saf"):
         load_unet(tmp_path, num_views=1)

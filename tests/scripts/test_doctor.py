@@ -22,7 +22,6 @@ from vae.data import list_videos
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "common"))
-sys.path.insert(0, str(ROOT / "tests" / "mvdiffusion"))
 from spheres import write_object  # noqa: E402
 from test_video import CLIPS, NUM_FRAMES, encode, pan  # noqa: E402
 

@@ -82,9 +82,10 @@ def load_tokenizer(
     try:
         return load_part(AutoTokenizer.from_pretrained, "tokenizer", path_or_id, "tokenizer", revision, cache_dir)
     except (ValueError, ImportError) as error:
+        reason = first_line(error.__cause__ or error)
         raise ValueError(
-            f"the tokenizer of {path_or_id} cannot be read ({first_line(error)}): a spiece.model needs the package "
-            "sentencepiece (extra t5)"
+            f"the tokenizer of {path_or_id} cannot be read ({reason}): a spiece.model needs the package sentencepiece "
+            "(extra t5)"
         ) from error
 
 
