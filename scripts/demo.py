@@ -125,8 +125,8 @@ def refiner_training(places: Places) -> list[str]:
 
 def refiner_repair(places: Places) -> Uses:
     command = [sys.executable, str(ROOT / "gaussian_refiner" / "infer.py")]
-    command += flags(pretrained_model_name_or_path=places.run / "export", input="example_kitti.json")
-    return {"use": command + flags(holdout_items=REFINER_REPAIRED_ITEMS, output=places.result) + REFINER_SAMPLING}
+    command += flags(model=places.run / "export", input="example_kitti.json")
+    return {"use": command + flags(holdout_items=REFINER_REPAIRED_ITEMS, output_dir=places.result) + REFINER_SAMPLING}
 
 
 def refiner_pictures(places: Places) -> list[Pictures]:
@@ -283,8 +283,8 @@ def nova_training(places: Places, config: str, steps: int, prompts: Sequence[str
 
 
 def nova_generation(places: Places, **settings: object) -> Uses:
-    command = [sys.executable, "-m", "diffnext.infer", *flags(pretrained_path=places.checkpoint)]
-    command += flags(transformer=places.run / "export" / "transformer", prompts="prompts.txt", output=places.result)
+    command = [sys.executable, "-m", "diffnext.infer", *flags(model=places.checkpoint)]
+    command += flags(transformer=places.run / "export" / "transformer", prompts="prompts.txt", output_dir=places.result)
     return {"use": command + flags(batch_size=8, **NOVA_SAMPLING, **settings)}
 
 
@@ -449,7 +449,7 @@ def ggi_training(places: Places) -> list[str]:
 
 
 def ggi_inference(places: Places) -> Uses:
-    command = [sys.executable, "-m", "training_ggi.infer", *flags(result=places.run / "export")]
+    command = [sys.executable, "-m", "training_ggi.infer", *flags(model=places.run / "export")]
     command += flags(first="segment/ends/frame_00001.png", last="segment/ends/frame_00002.png")
     command += flags(edges="segment/edges", flow="segment/flow.npy", output_dir=places.result)
     return {"use": [*command, *flags(num_inference_steps=4, enable_tiling="no"), "--frames"]}

@@ -21,7 +21,7 @@ FEATURES = {"moments": "BYTES", "caption": "STRING", "text": "STRING", "shape": 
 
 def snippets() -> dict[str, str]:
     """The guide's Python blocks by their headings."""
-    return dict(re.findall(r"^## ([^\n]+)\n[^#`]*```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S))
+    return dict(re.findall(r"^### ([^\n]+)\n[^#`]*```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S))
 
 
 def run(snippet: str, replacements: dict[str, str]) -> None:
