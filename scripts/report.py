@@ -113,13 +113,13 @@ class Summary:
     step_s: float
 
 
-def read_records(run_dir: Path, kind: str) -> list[dict]:
-    """The `train` or `validation` lines of metrics.jsonl; ValueError names the file that has none."""
+def read_records(run_dir: Path, *kinds: str) -> list[dict]:
+    """The lines of metrics.jsonl of some kinds, `train` or `validation` say; ValueError names a file that has none."""
     path = run_dir / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    chosen = [record for record in records if record["kind"] == kind]
+    chosen = [record for record in records if record["kind"] in kinds]
     if not chosen:
-        raise ValueError(f"{path} holds no lines of kind {kind!r}")
+        raise ValueError(f"{path} holds no lines of kind {' or '.join(map(repr, kinds))}")
     return chosen
 
 
@@ -129,7 +129,7 @@ def summarise(run_dir: Path, metric: Metric | None) -> Summary:
     validation = read_records(run_dir, "validation") if metric else []
     losses = [record["loss"] for record in train if record["loss"] is not None]
     return Summary(
-        steps=train[-1]["step"],
+        steps=read_records(run_dir, "train", "train_discriminator")[-1]["step"],
         first_loss=statistics.fmean(losses[:ENDS]),
         last_loss=statistics.fmean(losses[-ENDS:]),
         before=validation[0][metric.name] if metric else None,
