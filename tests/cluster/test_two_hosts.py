@@ -146,8 +146,7 @@ def test_a_cache_that_machines_do_not_share_is_refused_by_all(
 ) -> None:
     trainer, cache = TRAINERS["gaussian_refiner"], tmp_path / "cache"
     cache.mkdir()
-    words = [*trainer.command(tiny(trainer.name)), *trainer.cache.format(cache=cache).split()]
-    words += [f"run.output_dir={tmp_path / 'run'}"]
+    words = [*trainer.command(tiny(trainer.name), cache=cache), f"run.output_dir={tmp_path / 'run'}"]
     launched = Launched(hosts, [trainer.script, *words], ROOT / trainer.folder, tmp_path, unshared=cache)
     assert launched.wait() == [1, 1]
     for rank in range(2):
