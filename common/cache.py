@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from common.data import BAD_SAMPLE_ERRORS, SampleSource
-from common.runtime import Processes, StopSignal
+from common.runtime import Processes, StopSignal, require_shared_folder
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,17 @@ class Cache:
             raise CacheError(f"{self.path(key)} is missing from the cache") from None
         except SafetensorError as error:
             raise CacheError(f"{self.path(key)} is damaged ({error}): delete it, it will be made again") from None
+
+
+def open_cache(folder: str, fingerprint: Mapping[str, Any], processes: Processes) -> Cache:
+    """The cache of `data.cache_latents`; called on all processes.
+
+    Raises:
+        OSError: they do not share the folder, or it is a file.
+        CacheError: see `Cache`.
+    """
+    require_shared_folder(processes, Path(folder), "data.cache_latents")
+    return Cache(folder, fingerprint)
 
 
 class CachedItems(Generic[Source]):

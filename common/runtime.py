@@ -328,7 +328,7 @@ def _is_ours(source: Path) -> bool:
     return "site-packages" not in inside
 
 
-def require_shared_folder(accelerator: Accelerator, folder: Path, setting: str = "run.output_dir") -> None:
+def require_shared_folder(processes: Processes, folder: Path, setting: str = "run.output_dir") -> None:
     """Makes `folder` and checks that every process sees the same one.
 
     Raises:
@@ -339,12 +339,12 @@ def require_shared_folder(accelerator: Accelerator, folder: Path, setting: str =
     token = [uuid.uuid4().hex]
     broadcast_object_list(token)
     marker = folder / f".shared-{token[0]}"
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         marker.touch()
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     blind = [rank for rank, sees in enumerate(gather_object([marker.exists()])) if not sees]
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         marker.unlink()
     if blind:
         who = f"process {blind[0]} does" if len(blind) == 1 else f"processes {', '.join(map(str, blind))} do"

@@ -28,7 +28,6 @@ from common.video import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-SHOWN_NAMES = 5
 T = TypeVar("T")
 
 
@@ -109,11 +108,6 @@ def require_distinct(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
     if twice:
         files = " and ".join(str(path) for path, output in zip(inputs, outputs, strict=True) if output == twice[0])
         raise ValueError(f"{files} would both be written to {twice[0]}: rename one")
-
-
-def first_few(names: Sequence[str]) -> str:
-    """The first of many names, for a message."""
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def output_folder(output_dir: str | None) -> Path:

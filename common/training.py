@@ -95,10 +95,7 @@ def command(
     """
     with runtime.clear_errors():
         if config.run.preflight:
-            accelerator: Any = runtime.start(
-                config.run, config.optim.gradient_accumulation_steps, max_grad_norm=config.optim.max_grad_norm
-            )
-            sys.exit(0 if preflight(as_tried(config), train, draw_samples, accelerator) else 1)
+            sys.exit(0 if preflight(as_tried(config), train, draw_samples, _accelerator_of(config)) else 1)
         train(config, warnings)
 
 
@@ -107,17 +104,16 @@ def start(
 ) -> Session:
     """The processes of a run, which from here on stop together; `warnings` are logged once."""
     config = _aside_if_replaying(config)
-    accelerator: Any = runtime.start(
-        config.run,
-        config.optim.gradient_accumulation_steps,
-        max_grad_norm=config.optim.max_grad_norm,
-        num_networks=num_networks,
-        find_unused_parameters=find_unused_parameters,
-    )
+    accelerator = _accelerator_of(config, num_networks=num_networks, find_unused_parameters=find_unused_parameters)
     stop = runtime.stop_signal(accelerator, config.run)
     for warning in warnings if accelerator.is_main_process else ():
         logger.warning("%s", warning)
     return Session(config, accelerator, stop)
+
+
+def _accelerator_of(config: Any, **of_trainer: Any) -> Any:
+    optim = config.optim
+    return runtime.start(config.run, optim.gradient_accumulation_steps, max_grad_norm=optim.max_grad_norm, **of_trainer)
 
 
 def _aside_if_replaying(config: Any) -> Any:

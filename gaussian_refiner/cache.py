@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from common.cache import Cache, CachedItems, digest_of_files, digest_of_weights, encode_items
+from common.cache import CachedItems, digest_of_files, digest_of_weights, encode_items, open_cache
 from common.data import collate
 from common.runtime import Processes, StopSignal
 from gaussian_refiner.data import RefinerDataset
@@ -55,7 +55,7 @@ def build(
         windows = {k: v if k == "cond_u8" else v.to(processes.device) for k, v in windows.items()}
         return {**encode_batch(components, windows), "has_cond": windows["has_cond"]}  # (K, ...) each
 
-    cache = Cache(folder, fingerprint(components, dataset))
+    cache = open_cache(folder, fingerprint(components, dataset), processes)
     encode_items(
         cache,
         len(dataset),

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from common import tools
 from common.config import Parser, Section, find_file, folder_or_id, option
 from common.metrics import SSIM_WINDOW_PX, Lpips, lpips_for_all, psnr, ssim
+from common.pretrained import named
 from common.runtime import Processes
 from common.video import MediaError, contact_sheet, image_size, load_image, save_image, to_uint8
 from gaussian_refiner.config import SamplerConfig
@@ -235,7 +236,7 @@ def _match(renders: Sequence[Path], flag: str, path: str | None, one_for_all: bo
         return list(images)
     raise ValueError(
         f"{flag} {source} holds {len(images)} images, but none for {len(unmatched)} of {len(renders)} inputs: "
-        f"{tools.first_few(unmatched)}. Give every input one of the same name, or equally many under other names"
+        f"{named(unmatched)}. Give every input one of the same name, or equally many under other names"
     )
 
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -89,7 +88,6 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
 
     source = training_set
     if config.data.cache_latents:
-        runtime.require_shared_folder(accelerator, Path(config.data.cache_latents), "data.cache_latents")
         source = cache.build(training_set, components, config.data.cache_latents, accelerator, stop)
 
     # Optimizer, learning rate, moving average.

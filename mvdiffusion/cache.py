@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from common.cache import Cache, CachedItems, digest_of_files, digest_of_weights, encode_items
+from common.cache import CachedItems, digest_of_files, digest_of_weights, encode_items, open_cache
 from common.data import collate
 from common.runtime import Processes, StopSignal
 from mvdiffusion.data.mvds import MultiViewDataset, Variant
@@ -53,7 +53,7 @@ def build(
         encoded = encode_batch(frozen, batch)
         return {name: encoded[name][0] for name in ENCODED}
 
-    variants, cache = dataset.variants(), Cache(folder, fingerprint(frozen, dataset))
+    variants, cache = dataset.variants(), open_cache(folder, fingerprint(frozen, dataset), processes)
     encode_items(
         cache,
         len(dataset),

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,7 +225,6 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
 
     source: SampleSource = training_set
     if config.data.cache_latents and isinstance(training_set, MultiViewDataset):
-        runtime.require_shared_folder(accelerator, Path(config.data.cache_latents), "data.cache_latents")
         source = cache.build(training_set, frozen, config.data.cache_latents, accelerator, stop)
 
     # Optimizer, learning rate, moving average.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cache import Cache, CachedItems, digest_of_files, digest_of_weights, encode_items
+from common.cache import CachedItems, digest_of_files, digest_of_weights, encode_items, open_cache
 from common.runtime import Processes, StopSignal
 from training_ggi.config import GGIConfig
 from training_ggi.data import SceneDataset
@@ -104,7 +104,8 @@ def build(
             entry["noise_sets"] = warped_noise(flow, seeds, num_latent_frames, config.loss)
         return entry
 
-    cache = Cache(str(config.data.cache_latents), fingerprint(front_end, config, clips.dataset))
+    folder, facts = str(config.data.cache_latents), fingerprint(front_end, config, clips.dataset)
+    cache = open_cache(folder, facts, processes)
     encode_items(
         cache,
         len(clips),

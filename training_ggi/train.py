@@ -159,7 +159,6 @@ def train(config: GGIConfig, warnings: Sequence[str] = (), *, prepare_only: bool
     if config.data.cuts_per_scene:
         source = cache.FixedCuts(training_set, config.data.cuts_per_scene)
         if config.data.cache_latents:
-            runtime.require_shared_folder(accelerator, Path(config.data.cache_latents), "data.cache_latents")
             source = cache.build(source, front_end, config, latent_shape[0], accelerator, stop)
     if prepare_only:
         logger.info("clips of %d scenes are prepared in %s", len(training_set), config.data.cache_latents)

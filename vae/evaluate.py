@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from common import runtime, tools
 from common.config import Parser, option
 from common.metrics import SSIM_WINDOW_PX, Lpips, flicker, lpips_for_all, psnr, ssim
+from common.pretrained import named
 from common.runtime import Processes
 from common.video import (
     IMAGE_SUFFIXES,
@@ -167,7 +168,7 @@ def find_pairs(data: PairsConfig) -> list[Pair]:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(missing) + len(pairs)} videos of {root} have no counterpart of the same path in "
-            f"--real_video_dir {real_root}: {tools.first_few(missing)}"
+            f"--real_video_dir {real_root}: {named(missing)}"
         )
     return pairs
 

@@ -267,3 +267,8 @@ def test_parts_that_are_not_there(tmp_path: Path) -> None:
 )
 def test_names_that_are_paths(name: str, expected: bool) -> None:
     assert is_local(name) == expected
+
+
+def test_of_many_names_the_first_are_shown() -> None:
+    assert named(list("abcde")) == "a, b, c, d, e"
+    assert named(list("abcdef")) == "a, b, c, d, e, ..."

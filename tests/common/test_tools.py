@@ -121,11 +121,6 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
         tools.list_images(tmp_path, "--gt", (".tif",))
 
 
-def test_of_many_names_the_first_are_shown() -> None:
-    assert tools.first_few(list("abcde")) == "a, b, c, d, e"
-    assert tools.first_few(list("abcdef")) == "a, b, c, d, e, ..."
-
-
 def test_outputs_that_would_collide(tmp_path: Path) -> None:
     inputs = [Path("a.png"), Path("a.jpg"), Path("b.png")]
     tools.require_distinct(inputs, [Path("x"), Path("y"), Path("z")])
