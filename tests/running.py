@@ -5,8 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError, Lock
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from common.checkpoint import read_weights
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent  # of accelerate and torchrun
 # Columns of metrics.jsonl that tell of the clock and the machine, not of the training.
@@ -59,6 +63,45 @@ def launch(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+class Rank:
+    """One of several processes, played by a thread."""
+
+    def __init__(self, process_index: int, everyone: Barrier, turn: Lock) -> None:
+        self.process_index, self.num_processes, self.device = process_index, everyone.parties, torch.device("cpu")
+        self.is_main_process, self._everyone, self._turn = process_index == 0, everyone, turn
+
+    def wait_for_everyone(self) -> None:
+        self._turn.release()
+        try:
+            self._everyone.wait()
+        finally:
+            self._turn.acquire()
+
+
+def on_ranks(num_processes: int, work: Callable[[Any], Result]) -> list[Result]:
+    """What `work` returns to each of so many ranks.
+
+    One rank works at a time, until it waits for the others: libraries patch torch and themselves while they load a
+    model, so that two loads at once leave a patch behind for all tests that follow.
+    """
+    everyone, turn = Barrier(num_processes, timeout=60), Lock()
+
+    def run(process_index: int) -> Result:
+        with turn:
+            try:
+                return work(Rank(process_index, everyone, turn))
+            except BaseException:
+                everyone.abort()
+                raise
+
+    with ThreadPoolExecutor(num_processes) as pool:
+        ranks = [pool.submit(run, process_index) for process_index in range(num_processes)]
+        failures = [failure for rank in ranks if (failure := rank.exception())]
+    if failures:  # of the ranks that waited for the one that failed, a broken barrier
+        raise min(failures, key=lambda failure: isinstance(failure, BrokenBarrierError))
+    return [rank.result() for rank in ranks]
 
 
 def metrics(output_dir: Path) -> list[dict]:

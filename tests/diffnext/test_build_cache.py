@@ -6,10 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from running import on_ranks
 from tiny_vaes import write_image_vae, write_video_vae
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
@@ -269,28 +267,9 @@ def test_shards_and_order(whole: Path) -> None:
     assert text.startswith('{\n  "entries": 7,\n  "features": {\n    "moments": "BYTES",') and text.endswith("}")
 
 
-@dataclass
-class Rank:
-    """One of several processes, played by a thread."""
-
-    process_index: int
-    num_processes: int
-    barrier: threading.Barrier
-    device: torch.device = torch.device("cpu")
-
-    @property
-    def is_main_process(self) -> bool:
-        return self.process_index == 0
-
-    def wait_for_everyone(self) -> None:
-        self.barrier.wait(60)
-
-
 def test_three_ranks_equal_one(media: Path, whole: Path, tmp_path: Path) -> None:
     config, _ = build_cache.PARSER.parse(image_flags(media, tmp_path / "three"))
-    barrier = threading.Barrier(3)
-    with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(lambda n: build_cache.build(config, Rank(n, 3, barrier)), range(3)))
+    results = on_ranks(3, lambda rank: build_cache.build(config, rank))
     assert [result and result["entries"] for result in results] == [NUM_IMAGES, None, None]
     assert files_of(tmp_path / "three") == files_of(whole)
 

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 
 import make_tiny_checkpoints
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import on_ranks
 
 from common.video import load_image, probe_video, read_frames
 from diffnext import infer
@@ -44,23 +43,11 @@ def write_prompts(path: Path, prompts: list) -> str:
     return str(path)
 
 
-class Process:
-    """One of several, which are threads here."""
-
-    def __init__(self, process_index: int, barrier: Barrier) -> None:
-        self.process_index, self.num_processes, self.wait_for_everyone = process_index, barrier.parties, barrier.wait
-        self.is_main_process, self.device = process_index == 0, torch.device("cpu")
-
-
 def run(arguments: list[str], num_processes: int = 1) -> dict:
     """Why results went wrong, of all processes."""
     config, _ = PARSER.parse([*arguments, *FEW])
-    barrier = Barrier(num_processes, timeout=60)
-    if num_processes == 1:
-        return infer.infer(config, Process(0, barrier), torch.float32)
-    with ThreadPoolExecutor(num_processes) as pool:
-        jobs = [pool.submit(infer.infer, config, Process(n, barrier), torch.float32) for n in range(num_processes)]
-        return {job: reason for each in jobs for job, reason in each.result().items()}
+    done = on_ranks(num_processes, lambda rank: infer.infer(config, rank, torch.float32))
+    return {job: reason for each in done for job, reason in each.items()}
 
 
 def test_images_of_a_file_of_prompts(t2i: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

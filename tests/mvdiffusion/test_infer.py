@@ -3,9 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, Lock
 
 import make_tiny_checkpoints
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
+from running import on_ranks
 
 from common.video import MediaError, load_image, probe_video
 from mvdiffusion import infer
@@ -41,18 +40,6 @@ FEW = ["--num_inference_steps", "2", "--device", "cpu", "--mixed_precision", "no
 def on_cpu(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device cpu` hides the GPUs: from this test alone."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture(autouse=True)
-def load_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries patch torch while they load, which threads must not do at once."""
-    load, lock = infer.load_model, Lock()
-
-    def load_alone(*arguments):
-        with lock:
-            return load(*arguments)
-
-    monkeypatch.setattr(infer, "load_model", load_alone)
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +80,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Process:
-    """One of several, which are threads here."""
-
-    def __init__(self, process_index: int, barrier: Barrier) -> None:
-        self.process_index, self.num_processes, self.wait_for_everyone = process_index, barrier.parties, barrier.wait
-        self.is_main_process, self.device = process_index == 0, torch.device("cpu")
-
-
 def run(model: Path, *arguments: object, num_processes: int = 1) -> dict:
     """Why objects went wrong, of all processes, by name."""
     config, _ = PARSER.parse(["--model", str(model), *map(str, arguments), *FEW])
-    barrier = Barrier(num_processes, timeout=60)
-    with ThreadPoolExecutor(num_processes) as pool:
-        jobs = [pool.submit(infer.infer, config, Process(n, barrier), torch.float32) for n in range(num_processes)]
-        return {job.name: reason for each in jobs for job, reason in each.result().items()}
+    done = on_ranks(num_processes, lambda rank: infer.infer(config, rank, torch.float32))
+    return {job.name: reason for each in done for job, reason in each.items()}
 
 
 def files(folder: Path) -> list[str]:

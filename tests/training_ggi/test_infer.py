@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, Lock
 from typing import Any
 
 import av
@@ -14,6 +12,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXImageToVideoPipeline
 from PIL import Image
+from running import on_ranks
 from safetensors.torch import load_file
 
 from common.checkpoint import TRAINER_STATE, TrainedWeights, save_weights, seal
@@ -60,18 +59,6 @@ CLIP_FILES = ["clip.json", "clip.mp4", "last.png"]
 def on_cpu(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device cpu` hides the GPUs: from this test alone."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture(autouse=True)
-def load_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries patch torch while they load, which threads must not do at once."""
-    load, lock = infer.load_model, Lock()
-
-    def load_alone(*arguments: Any) -> Any:
-        with lock:
-            return load(*arguments)
-
-    monkeypatch.setattr(infer, "load_model", load_alone)
 
 
 @pytest.fixture(scope="module")
@@ -372,21 +359,11 @@ def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-class Process:
-    """One of several, which are threads here."""
-
-    def __init__(self, process_index: int, barrier: Barrier) -> None:
-        self.process_index, self.num_processes, self.wait_for_everyone = process_index, barrier.parties, barrier.wait
-        self.is_main_process, self.device = process_index == 0, torch.device("cpu")
-
-
 def run(result: Path, *arguments: object, num_processes: int = 1) -> dict[str, str]:
     """Why segments went wrong, of all processes, by name."""
     config, _ = PARSER.parse(["--model", str(result), *map(str, arguments), *FEW])
-    barrier = Barrier(num_processes, timeout=60)
-    with ThreadPoolExecutor(num_processes) as pool:
-        jobs = [pool.submit(infer.infer, config, Process(n, barrier), torch.float32) for n in range(num_processes)]
-        return {name: reason for each in jobs for name, reason in each.result().items()}
+    done = on_ranks(num_processes, lambda rank: infer.infer(config, rank, torch.float32))
+    return {name: reason for each in done for name, reason in each.items()}
 
 
 def test_a_chain_of_segments(runs, segments, tmp_path, capsys):
