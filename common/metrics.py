@@ -6,7 +6,6 @@ Inputs are RGB in [0, 1], results are one value per image or clip.
 import hashlib
 import logging
 import os
-import pickle
 import urllib.request
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.pretrained import read_tensors
 from common.runtime import Processes
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Lpips:
             raise LpipsUnavailable(f"LPIPS needs the package lpips, which does not load: {error}") from error
         path = find_backbone_weights(net, backbone_weights)
         try:
-            weights = read_state_dict(path)
+            weights = read_tensors(path)
         except ValueError as error:
             raise LpipsUnavailable(f"LPIPS: {error}; check validation.lpips_weights.") from error
         # The random initial weights are overwritten; they must not shift the random numbers of the run.
@@ -225,25 +225,6 @@ def _download(url: str, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, of a .safetensors file or one of `torch.save`, on the CPU; no code of the file is run.
-
-    Raises:
-        ValueError: it cannot be read, and why.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # truncated archives, pickles with code and other formats raise a dozen types
-        # The text of an UnpicklingError advises to run the code; those of the others say nothing.
-        is_no_pickle = isinstance(error, pickle.UnpicklingError | LookupError | EOFError)
-        reason = "no plain tensors" if is_no_pickle else str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be read as a state dict ({reason})") from error
 
 
 def _load_backbone(slices: torch.nn.Module, weights: dict[str, Tensor], net: str) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.metrics import read_state_dict
+from common.pretrained import read_tensors
 from vae.models.i3d import MIN_FRAMES, SIZE_PX, InceptionI3d
 
 FvdMethod = Literal["styleganv", "videogpt"]
@@ -138,7 +138,7 @@ def _load_videogpt(path: Path) -> InceptionI3d:
     if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
         raise FvdUnavailable(f"FVD (videogpt): {path} is a TorchScript file; use --fvd_method styleganv for it")
     try:
-        state = read_state_dict(path)
+        state = read_tensors(path)
     except ValueError as error:
         raise FvdUnavailable(f"FVD (videogpt): {error}") from error
     with torch.device("meta"):

@@ -14,9 +14,9 @@ from common import runtime, training
 from common.checkpoint import CheckpointError, read_weights
 from common.config import find_file
 from common.data import BAD_SAMPLE_ERRORS, rng_for
-from common.metrics import Lpips, LpipsUnavailable, find_backbone_weights, lpips_for_all, read_state_dict
+from common.metrics import Lpips, LpipsUnavailable, find_backbone_weights, lpips_for_all
 from common.optim import EMA, Learner, build_adamw, lr_schedule
-from common.pretrained import read_json
+from common.pretrained import read_json, read_tensors
 from common.runtime import Processes
 from common.video import contact_sheet
 from vae import upstream
@@ -160,7 +160,7 @@ def load_adversary(config: VaeConfig) -> RealAndFake:
                 f"{data.resolution} px, whose last layers have no two values per channel: raise --resolution"
             ) from error
     if source := config.model.load_disc_from_checkpoint:
-        upstream.load_strictly(adversary, _discriminator_weights(Path(source)), source)
+        upstream.load_discriminator(adversary, _discriminator_weights(Path(source)), source)
     return adversary
 
 
@@ -186,7 +186,7 @@ def load_perceptual(config: VaeConfig, accelerator: Processes) -> PerceptualLoss
         if accelerator.is_main_process is turn:
             try:
                 path = find_backbone_weights("vgg", config.loss.vgg_weights, setting="vgg_weights")
-                found = PerceptualLoss.load(read_state_dict(path), accelerator.device)
+                found = PerceptualLoss.load(read_tensors(path), accelerator.device)
             except (LpipsUnavailable, FileNotFoundError, ValueError) as error:
                 raise LpipsUnavailable(
                     f"{error} (The loss needs it: --vgg_weights names a file, --perceptual_weight 0 does without)"

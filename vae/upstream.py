@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, problems_of, read_state, read_weights
-from common.metrics import read_state_dict
 from common.optim import EMA
-from common.pretrained import read_json, weight_differences
+from common.pretrained import load_exactly, read_json, read_tensors
 from common.runtime import clear_errors
 from vae.config import VaeCheckpoint
+from vae.models.discriminator import RealAndFake
 from vae.models.load import build_model
 from vae.models.perceptual import PerceptualLoss
 
@@ -123,8 +123,9 @@ def load_ckpt_model(path: Path, model_name: str | None = None, model_config: str
         model_config: json; None is `config.json` beside the file.
 
     Raises:
-        CheckpointError: there is no such file, or its weights are not those of the config's network.
+        CheckpointError: there is no such file, or it is damaged.
         FileNotFoundError: there is no config.
+        ValueError: the weights are not those of the config's network.
     """
     ckpt_path = find_ckpt(path) if path.is_dir() else path
     if ckpt_path is None:
@@ -137,19 +138,15 @@ def load_ckpt_model(path: Path, model_name: str | None = None, model_config: str
         )
     ckpt = read_ckpt(ckpt_path)
     model = build_model(model_name, read_json(config_path))
-    load_strictly(model, ckpt.vae, str(ckpt_path))
+    load_exactly(model, ckpt.vae, ckpt_path)
     if ckpt.ema and "NOT_USE_EMA_MODEL" not in os.environ:
-        load_strictly(model, {**model.state_dict(), **ckpt.ema}, f"the average in {ckpt_path}")
+        load_exactly(model, {**model.state_dict(), **ckpt.ema}, f"the average in {ckpt_path}")
     return model
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """`load_state_dict` whose error says what differs; CheckpointError."""
-    differences = weight_differences(module, state)
-    if differences:
-        name = type(getattr(module, "discriminator", module)).__name__
-        raise CheckpointError(f"{source} does not hold the weights of this {name}: {'; '.join(differences)}")
-    module.load_state_dict(state)
+def load_discriminator(adversary: RealAndFake, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights whose names and shapes are the discriminator's; ValueError names `source` and what differs."""
+    load_exactly(adversary, state, source, f"this {type(adversary.discriminator).__name__}")
 
 
 def trained_parameters(vae: Any) -> list[nn.Parameter]:
@@ -216,7 +213,7 @@ def _averages(folder: Path) -> dict[str, Tensor]:
 def restore(
     parts: UpstreamCheckpoint,
     vae: nn.Module,
-    adversary: nn.Module,
+    adversary: RealAndFake,
     optimizers: tuple[Any, Any],
     ema: EMA | None,
     scaler: Any,
@@ -228,11 +225,12 @@ def restore(
         optimizers: of the autoencoder and of the discriminator.
 
     Raises:
-        CheckpointError: the parts are of another network.
+        CheckpointError: the state of an optimizer is of other parameters.
+        ValueError: the weights are of another network.
     """
-    load_strictly(vae, parts.vae, source)
+    load_exactly(vae, parts.vae, source)
     if parts.discriminator:
-        load_strictly(adversary, parts.discriminator, f"the discriminator in {source}")
+        load_discriminator(adversary, parts.discriminator, f"the discriminator in {source}")
     for optimizer, state in zip(optimizers, (parts.vae_optimizer, parts.discriminator_optimizer), strict=True):
         if not state:
             continue
@@ -261,7 +259,7 @@ def write_ckpt(folder: Path, path: Path, vgg_weights: Path | None = None) -> Non
     """
     parts, state = read_folder(folder), read_state(folder)
     if vgg_weights is not None:
-        perceptual = PerceptualLoss.load(read_state_dict(vgg_weights)).state_dict()
+        perceptual = PerceptualLoss.load(read_tensors(vgg_weights)).state_dict()
         parts.loss |= {f"perceptual_loss.{name}": value for name, value in perceptual.items()}
     epoch, index = divmod(state["sample"], state["fingerprint"]["num_items"])
     content = {

@@ -111,7 +111,7 @@ def test_weights_that_cannot_be_used(tmp_path):
         ("videogpt", "absent.pt", "absent.pt are not a file: give a state dict"),
         ("styleganv", "empty.pt", r"empty.pt is empty \(0 bytes\), as a failed download leaves it: give"),
         ("styleganv", "other.pt", "other.pt is no TorchScript file .*--fvd_method videogpt for a state dict"),
-        ("videogpt", "text.pt", "text.pt cannot be read as a state dict"),
+        ("videogpt", "text.pt", "text.pt was refused: it is damaged, or holds more than tensors"),
         ("videogpt", "other.pt", "does not hold VideoGPT's I3D: logits.conv3d.weight is absent"),
         ("videogpt", "script.pt", "script.pt is a TorchScript file; use --fvd_method styleganv for it"),
     ):

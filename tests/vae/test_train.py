@@ -298,7 +298,7 @@ def test_what_a_checkpoint_does_not_fit_is_said(
         "the checkpoint is of step 3, but the run ends after step 2": [*again, "--max_steps", "2"],
         "its optimizer trained other parameters": [*frozen, "--allow_changed", "model.freeze_encoder"],
         "Another --freeze_encoder needs a fresh one: --not_resume_optimizer": [*frozen, "--not_resume_discriminator"],
-        "does not hold the weights of this NLayerDiscriminator: 11 missing: discriminator.main.5.weight": [
+        "does not hold the weights of this NLayerDiscriminator; 11 missing: discriminator.main.5.weight": [
             *again, "--not_resume_optimizer", "--disc_cls", "LPIPSWithDiscriminator", "--max_steps", "4"
         ],
     }  # fmt: skip
