@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -160,32 +161,49 @@ def encode_items(
 ) -> None:
     """Saves an entry for every part of every item that is not in the cache yet, the items split over the processes.
 
-    An item of which a part cannot be read is left out from there on, with a warning.
+    An item is read while the one before it is encoded. One of which a part cannot be read is left out from there on,
+    with a warning.
 
     Args:
         parts: what an item has entries of, the same for all items.
-        key_of, read: of (item, part); OSError or ValueError where its files cannot be read.
+        key_of, read: of (item, part), called in another thread; OSError or ValueError where files cannot be read.
         encode: of (item, part, what `read` returned), without gradients.
         unit: what an item is called in messages.
 
     Raises:
         StopRequested: the run was asked to stop; what is encoded stays.
     """
+
+    def read_missing(index: int) -> list[tuple[Part, str, Item]]:
+        found: list[tuple[Part, str, Item]] = []
+        try:
+            for part in parts:
+                if (key := key_of(index, part)) not in cache:
+                    found.append((part, key, read(index, part)))
+        except BAD_SAMPLE_ERRORS as error:
+            logger.warning("%s %d is not encoded: %s", unit, index, error)
+        return found
+
     own_items = -(-(num_items - processes.process_index) // processes.num_processes)
     bar = {"desc": f"encoding {unit}s", "unit": unit, "disable": not processes.is_main_process}
-    for index in tqdm(stop.share(num_items), total=own_items, **bar):
-        for part in parts:
-            try:
-                key = key_of(index, part)
-                if key in cache:
-                    continue
-                item = read(index, part)
-            except BAD_SAMPLE_ERRORS as error:
-                logger.warning("%s %d is not encoded: %s", unit, index, error)
-                break
-            with torch.no_grad():
-                cache.save(key, encode(index, part, item))
+    with ThreadPoolExecutor(1) as reader:
+        for index, found in _one_ahead(reader, read_missing, tqdm(stop.share(num_items), total=own_items, **bar)):
+            for part, key, item in found:
+                with torch.no_grad():
+                    cache.save(key, encode(index, part, item))
     processes.wait_for_everyone()
+
+
+def _one_ahead(pool: ThreadPoolExecutor, read: Callable[[int], Any], indices: Iterable[int]) -> Iterator[tuple]:
+    """(index, read(index)) in their order; while one is used, the next is read."""
+    waiting: tuple[int, Future] | None = None
+    for index in indices:
+        upcoming = index, pool.submit(read, index)
+        if waiting:
+            yield waiting[0], waiting[1].result()
+        waiting = upcoming
+    if waiting:
+        yield waiting[0], waiting[1].result()
 
 
 def _write_atomically(path: Path, write: Any) -> None:

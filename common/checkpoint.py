@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.optim import EMA
+from common.pretrained import weight_differences
 from common.sharding import is_sharded, load_weights, whole
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,8 @@ def find(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> Path
     """The checkpoint to resume from, agreed over all processes; None is a fresh start.
 
     Args:
-        wanted: None, `latest` (the newest whole one, if any), a folder, or the name of one in `output_dir`.
+        wanted: None, `latest` (the newest whole one, if any), a folder, or the name of one in `output_dir`, which a
+            path that has since moved may end in.
 
     Raises:
         CheckpointError: what was named is not there or not whole, or a fresh start would mix with an earlier run.
@@ -243,12 +245,14 @@ def _find(output_dir: Path, wanted: str | None) -> Path | None:
                 "with another --output_dir"
             )
         return found
-    candidates = dict.fromkeys((Path(wanted), output_dir / wanted))  # one, if it is absolute
+    candidates = dict.fromkeys((Path(wanted), output_dir / wanted, output_dir / Path(wanted).name))
     chosen = next((path for path in candidates if path.is_dir()), None)
     if chosen is None:
         known = ", ".join(path.name for path in listed(output_dir)) or "none"
         tried = f"; tried {', '.join(map(str, candidates))}" if len(candidates) > 1 else ""
         raise CheckpointError(f"there is no checkpoint {wanted!r}{tried}. Checkpoints in {output_dir}: {known}")
+    if chosen not in (Path(wanted), output_dir / wanted):
+        logger.warning("%s is not there; its namesake %s is resumed from", wanted, chosen)
     problems = problems_of(chosen)
     if problems:
         raise CheckpointError(f"{chosen} cannot be resumed from: {'; '.join(problems[:3])}")
@@ -316,14 +320,7 @@ class TrainedWeights(nn.Module):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """CheckpointError if the names are not those of the trained parameters."""
-        own = self.state_dict()
-        if differing := sorted(own.keys() ^ state_dict.keys()):
-            raise CheckpointError(
-                f"the checkpoint holds other trained weights than this run has: {len(differing)} names differ, the "
-                f"first is {differing[0]}. Set back what decides on them"
-            )
-        for name, tensor in own.items():
+        for name, tensor in self.state_dict().items():
             tensor.copy_(state_dict[name])
 
 
@@ -399,7 +396,7 @@ class Checkpoints:
         Newer checkpoints in `output_dir` belong to a course that is now left: they are renamed to `abandoned-...`.
 
         Raises:
-            CheckpointError: an optimizer's state is of other parameters.
+            CheckpointError: weights are of another network, or an optimizer's state is of other parameters.
         """
         # A whole optimizer has no place on the device of a shard, nor once per process in the memory of the host.
         is_any_sharded = any(map(is_sharded, self.models.values()))
@@ -450,6 +447,12 @@ class Checkpoints:
     def _load_models(self, models: list[nn.Module], input_dir: str) -> None:
         models.clear()
         for name, model in self.models.items():
-            load_weights(model, read_weights(Path(input_dir) / name))
+            weights = read_weights(Path(input_dir) / name)
+            if differences := weight_differences(model, weights):
+                raise CheckpointError(
+                    f"{input_dir} cannot be resumed: its {name} is another network than this run's "
+                    f"({'; '.join(differences)}). Set back what decides on it"
+                )
+            load_weights(model, weights)
         for name, ema in self.emas.items():
             load_average(ema, Path(input_dir) / f"{name}_ema")

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 MAX_REPLACEMENTS = 20  # draws of another item for one unreadable one, before giving up
 MAX_LOADER_FAILURES = 3
 BAD_SAMPLE_ERRORS = (OSError, ValueError)
+HOST_KEYS = ("sample_number", "item")  # of a batch; reading them back from a GPU would wait for all its work
 
 
 # Draws ----------------------------------------------------------------------------------------------------------------

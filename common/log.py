@@ -6,6 +6,7 @@ Only the main process writes metrics. A tracker that is missing or fails is name
 import json
 import logging
 import math
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from common.video import save_image, write_video
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
+METRICS, WANDB_ID = "metrics.jsonl", "wandb-id.txt"
 
 
 class RunLog:
@@ -30,6 +31,7 @@ class RunLog:
         config: the resolved configuration, secrets masked, for the trackers.
         is_main: on other processes every method returns at once.
         tracker_arguments: extra arguments of a tracker's constructor, by its name.
+        resumes: the run goes on from a checkpoint, and so does its run in wandb.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class RunLog:
         *,
         is_main: bool,
         tracker_arguments: Mapping[str, Mapping[str, Any]] | None = None,
+        resumes: bool = False,
     ):
-        self.output_dir, self.is_main = output_dir, is_main
+        self.output_dir, self.is_main, self.resumes = output_dir, is_main, resumes
         self.trackers: dict[str, Any] = {}
         names = _tracker_names(settings.report_to)  # on all processes: a wrong name ends them all
         if is_main:
@@ -59,7 +62,7 @@ class RunLog:
         try:
             places = (project, str(logging_dir)) if tracker_class.requires_logging_directory else (project,)
             logging_dir.mkdir(parents=True, exist_ok=True)
-            own = {"dir": str(logging_dir)} if name == "wandb" else {}
+            own = {"dir": str(logging_dir), **self._wandb_run(logging_dir)} if name == "wandb" else {}
             tracker = tracker_class(*places, **(own | dict(arguments or {})))
             tracker.start()
             tracker.store_init_configuration(config)
@@ -68,6 +71,13 @@ class RunLog:
             logger.warning("tracker %s did not start (%s): the run goes on without it%s", name, _line(error), hint)
             return
         self.trackers[name] = tracker
+
+    def _wandb_run(self, logging_dir: Path) -> dict[str, str]:
+        """Its id: a resumed run goes on in the same charts, where steps that come again, and are equal, are dropped."""
+        path = logging_dir / WANDB_ID
+        if not (self.resumes and path.exists()):
+            path.write_text(f"{uuid.uuid4().hex[:12]}\n")
+        return {"id": path.read_text().strip(), "resume": "allow"}
 
     def begin(self, step: int) -> None:
         """Removes what a former run recorded after `step`, so that a resumed file reads as if never interrupted.
@@ -103,6 +113,14 @@ class RunLog:
         with open(self.output_dir / METRICS, "a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
         self._each(lambda tracker: tracker.log({f"{kind}/{name}": v for name, v in values.items()}, step=step))
+
+    def holds(self, step: int, kind: str) -> bool:
+        """Whether metrics.jsonl has a line of this step and kind; False on other processes than the main one."""
+        path = self.output_dir / METRICS
+        if not self.is_main or not path.exists():
+            return False
+        lines = path.read_text().splitlines()
+        return any(_step_of(line) == step and json.loads(line).get("kind") == kind for line in lines)
 
     def image_folder(self, step: int) -> Path:
         """Where the pictures of a validation go."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,11 +20,11 @@ from common import checkpoint as checkpoints
 from common import config as configs
 from common.checkpoint import Checkpoints, publish
 from common.config import CheckpointConfig, DataConfig, LogConfig, RunConfig, ValidationConfig
-from common.data import Fetcher, SampleLoader, SamplePlan
+from common.data import HOST_KEYS, Fetcher, SampleLoader, SamplePlan
 from common.log import METRICS, RunLog
 from common.measure import Meter
-from common.optim import Learner
-from common.runtime import StopRequested, StopSignal, seed_model_randomness, versions
+from common.optim import Learner, settings_kept
+from common.runtime import StopRequested, StopSignal, seed_model_randomness, uses_deepspeed, versions
 from common.sharding import is_sharded, whole, whole_of
 from common.watch import Watch
 
@@ -97,6 +97,7 @@ class Run:
         total_steps: optimizer steps at which the run is complete.
         plan: items by sample number; `num_items` of them are an epoch, `global_batch` an optimizer step.
         validation_is_owed: a validation at this very step is still to be done.
+        saved_step: that of the newest checkpoint.
         fingerprint: of the data set; a checkpoint of another one is refused.
         memory_knobs: settings that lower the need of memory, for the message when there is too little.
     """
@@ -115,6 +116,7 @@ class Run:
     step: int = 0
     sample: int = 0
     validation_is_owed: bool = False
+    saved_step: int | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     memory_knobs: str = "train_batch_size (with gradient_accumulation_steps raised to match)"
 
@@ -131,10 +133,13 @@ class Run:
     def begin(self, resume_point: Path | None) -> None:
         """Restores models, optimizers, averages and position from `resume_point`, if any; reports what will happen."""
         if resume_point:
-            self.checkpoints.load(resume_point)
+            with settings_kept(learner.optimizer for learner in self.learners.values()):
+                self.checkpoints.load(resume_point)
             state = checkpoints.read_state(resume_point)
             self.step, self.sample = state["step"], state["sample"]
-            self.validation_is_owed = state["validation_is_owed"]
+            is_done = self.log.holds(self.step, "validation")
+            self.validation_is_owed = self.stop.agreed(state["validation_is_owed"] and not is_done)
+            self.saved_step = self.step
             if state["global_batch"] != self.plan.global_batch:
                 logger.warning(
                     "the global batch was %d and is now %d: the data go on from sample %d, but steps hold other "
@@ -179,8 +184,8 @@ class Run:
 
     def _beginning(self, resume_point: Path | None) -> str:
         if not resume_point:
-            wanted = self.config.checkpoint.resume_from_checkpoint
-            absent = f": {wanted} asks for a checkpoint, and {self.output_dir} holds none yet" if wanted else ""
+            is_absent = self.config.checkpoint.resume_from_checkpoint == "latest"  # any other one would be an error
+            absent = f": latest asks for a checkpoint, and {self.output_dir} holds none yet" if is_absent else ""
             return f"fresh start at step {self.step}{absent}"
         done = ", the last one: raise max_train_steps or num_train_epochs to train on" * (self.step == self.total_steps)
         return f"resumed from {resume_point} at step {self.step}{done}"
@@ -193,12 +198,16 @@ class Run:
         self.accelerator.wait_for_everyone()  # the folder may be deleted from here on: nobody writes into it any more
 
     def save(self) -> None:
-        """A checkpoint of this moment."""
+        """A checkpoint of this step, unless there is one."""
+        if self.saved_step == self.step:
+            return
         state = {"step": self.step, "sample": self.sample, "validation_is_owed": self.validation_is_owed}
         state |= {"world_size": self.accelerator.num_processes, "global_batch": self.plan.global_batch}
         state |= {"fingerprint": dict(self.fingerprint), "versions": versions(), "config": configs.to_dict(self.config)}
+        state |= {"precision": self.accelerator.mixed_precision, "uses_deepspeed": uses_deepspeed(self.accelerator)}
         with self.watch.phase("save", step=self.step):
             self.checkpoints.save(self.step, state)
+        self.saved_step = self.step
 
 
 def fit(run: Run, task: Task, loader: SampleLoader) -> bool:
@@ -232,8 +241,10 @@ def fit(run: Run, task: Task, loader: SampleLoader) -> bool:
                 stopped, too_many_bad = means.pop("_stop") > 0, means.pop("_too_many_bad") > 0
                 finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
                 with run.watch.phase("optimizer"):
-                    skipped[output.optimizer] = [] if finite else [*skipped[output.optimizer], run.step]
-                    if not finite:
+                    if finite:
+                        skipped[output.optimizer] = []
+                    elif not is_overflow(run.accelerator, means["loss"]):
+                        skipped[output.optimizer].append(run.step)
                         report_nonfinite(run, output.optimizer, means, skipped[output.optimizer])
                     take_step(run, learner, finite)
                 run.step += 1
@@ -250,12 +261,12 @@ def fit(run: Run, task: Task, loader: SampleLoader) -> bool:
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
 
-                # Validate, save.
+                # Save, validate: in this order, so that a validation that fails costs no work.
                 run.validation_is_owed = run.validation_is_due()
-                if run.validation_is_owed and not stopped:
-                    validate(run, task)
                 if stopped or run.step == run.total_steps or run.step % config.checkpoint.checkpointing_steps == 0:
                     run.save()
+                if run.validation_is_owed and not stopped:
+                    validate(run, task)
                 if too_many_bad:
                     raise _too_many_bad(loader)
         except StopRequested:
@@ -292,7 +303,7 @@ def accumulate(run: Run, task: Task, fetcher: Fetcher) -> tuple[StepOutput, dict
                 raise StopRequested
         numbers = batch["sample_number"].tolist()
         seed_model_randomness(run.config.run.seed, numbers[0])
-        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        batch = send_to_device(batch, accelerator.device, non_blocking=True, skip_keys=HOST_KEYS)
         with accelerator.accumulate(*(learner.model for learner in learners)), run.meter.counting():
             with run.watch.phase("forward", samples=numbers):
                 output = task.training_step(batch, run.step)
@@ -306,11 +317,13 @@ def accumulate(run: Run, task: Task, fetcher: Fetcher) -> tuple[StepOutput, dict
 
 def take_step(run: Run, learner: Learner, finite: bool) -> None:
     """One optimizer step and one update of the average, unless loss or gradient are not finite."""
-    if finite or run.accelerator.scaler is not None:  # the fp16 scaler skips by itself, and learns from it
+    if not finite:
+        learner.optimizer.zero_grad(set_to_none=True)
+    if finite or run.accelerator.scaler is not None:  # the fp16 scaler learns from what it saw when it unscaled
         learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
     if finite and learner.ema:
-        learner.ema.update()
+        learner.ema.update(is_last=run.step + 1 == run.total_steps)
 
 
 def validate(run: Run, task: Task) -> None:
@@ -347,7 +360,7 @@ def averaged(learners: Mapping[str, Learner]) -> Iterator[None]:
 
 def clip_gradients(accelerator: Accelerator, learner: Learner) -> Tensor:
     """Scales the learner's gradients down to `max_grad_norm` (0 is off); returns their norm before that, ()."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine clips while it steps
+    if uses_deepspeed(accelerator):  # its engine clips while it steps
         return torch.as_tensor(float(accelerator.clip_grad_norm_([], 0.0) or 0.0), device=accelerator.device)
     accelerator.unscale_gradients(learner.optimizer)
     parameters = [p for p in learner.model.parameters() if p.grad is not None]
@@ -373,6 +386,15 @@ def _spread(run: Run, measures: Mapping[str, float]) -> dict[str, float]:
     return {"fastest_rank_s": min(busy), "slowest_rank_s": max(busy), "slowest_rank": busy.index(max(busy))}
 
 
+def is_overflow(accelerator: Accelerator, loss: float) -> bool:
+    """Whether gradients are not finite for fp16's scale alone, which the scaler lowers until it finds one that fits.
+
+    Args:
+        loss: of the step, over all processes.
+    """
+    return accelerator.scaler is not None and math.isfinite(loss) and accelerator.scaler.get_scale() > 1
+
+
 def report_nonfinite(run: Run, optimizer: str, means: Mapping[str, float], in_a_row: Sequence[int]) -> None:
     """Records a step whose loss or gradient is not finite, so that it can be replayed; ends the run after too many.
 
@@ -381,9 +403,7 @@ def report_nonfinite(run: Run, optimizer: str, means: Mapping[str, float], in_a_
     The first of a row is kept whole in `nonfinite/step-<n>`: sample numbers, seed, configuration and the weights that
     it started from. `--replay` runs it again.
     """
-    accelerator, limit, scaler = run.accelerator, run.config.run.max_nonfinite_steps, run.accelerator.scaler
-    if scaler is not None and math.isfinite(means["loss"]) and scaler.get_scale() > 1:
-        return  # fp16 gradients overflowed: the scaler lowers its scale until it finds one that fits
+    accelerator, limit = run.accelerator, run.config.run.max_nonfinite_steps
     record = {"step": run.step, "optimizer": optimizer, "seed": run.config.run.seed}
     record |= {"first_sample": run.sample, "last_sample": run.sample + run.plan.global_batch - 1}
     record |= {"loss": str(means["loss"]), "grad_norm": str(means["grad_norm"])}

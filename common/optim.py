@@ -113,6 +113,17 @@ def build_adamw(parameters: Iterable[Any], optim: AdamWConfig, device: torch.dev
     return torch.optim.AdamW(parameters, fused=fused, **settings)
 
 
+@contextmanager
+def settings_kept(optimizers: Iterable[Any]) -> Iterator[None]:
+    """While states are loaded, which bring settings (weight decay, betas) along: those of the configuration hold."""
+    optimizers = list(optimizers)
+    kept = [[{k: v for k, v in group.items() if k != "params"} for group in each.param_groups] for each in optimizers]
+    yield
+    for optimizer, groups in zip(optimizers, kept, strict=True):
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+
+
 @dataclass
 class Learner:
     """One optimizer with all that the loop needs to step it.
@@ -152,7 +163,7 @@ class EMA:
         decay: upper bound.
         offload: keep the average in host memory.
         warmup: False uses `decay` itself from the first update on.
-        every: only every so-manieth call of `update` changes the average.
+        every: only every so-manieth call of `update` changes the average, and the last of a run.
     """
 
     def __init__(self, module: nn.Module, decay: float, offload: bool = False, warmup: bool = True, every: int = 1):
@@ -174,10 +185,10 @@ class EMA:
         return 0.0 if step <= 0 else min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One update, after an optimizer step."""
+    def update(self, is_last: bool = False) -> None:
+        """One update, after an optimizer step; without `is_last` a run shorter than `every` would average nothing."""
         self.updates += 1
-        if self.updates % self.every:
+        if self.updates % self.every and not is_last:
             return
         live = [self._place(part.float()) for part in self._live()]
         torch._foreach_lerp_(self.average, live, 1.0 - self.current_decay())  # pyright: ignore[reportPrivateImportUsage]
@@ -185,7 +196,7 @@ class EMA:
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The module holds the average inside the block, and its own weights again after it, bit for bit."""
-        own = [part.clone() for part in self._live()]
+        own = [part.to("cpu" if self.offload else part.device, copy=True) for part in self._live()]
         self._write(self.average)
         try:
             yield

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.loop import EXPORT
 from common.measure import GIB
-from common.runtime import Processes
+from common.runtime import Processes, free_memory
 from common.video import save_image
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def preflight(
         processes.wait_for_everyone()
         started = time.perf_counter()
         train(scratch_config(config, scratch, STEPS_BEFORE_RESUME, None))
+        free_memory()  # the first network goes before the second comes
         train(scratch_config(config, scratch, STEPS, "latest"))
         lines.append(
             f"micro-run   trained, validated, saved, resumed, exported in {time.perf_counter() - started:.1f} s"

@@ -13,7 +13,7 @@ from torch import nn
 
 from common import config as configs
 from common.checkpoint import read_weights
-from common.data import SampleLoader
+from common.data import HOST_KEYS, SampleLoader
 from common.loop import Run, Task
 from common.runtime import seed_model_randomness
 from common.sharding import load_weights, whole
@@ -40,7 +40,7 @@ def replay(run: Run, task: Task, loader: SampleLoader, record_path: Path) -> lis
         for model in run.checkpoints.models.values():
             stack.enter_context(whole(model))
         for number, batch in enumerate(loader.batches(record["first_sample"], 1), 1):
-            batch: Any = send_to_device(batch, run.accelerator.device)
+            batch: Any = send_to_device(batch, run.accelerator.device, skip_keys=HOST_KEYS)
             samples, items = batch["sample_number"].tolist(), batch["item"].tolist()
             seed_model_randomness(record["seed"], samples[0])
             what = f"micro-batch {number} of {count} (samples {samples}, items {items})"

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
@@ -33,6 +33,7 @@ from accelerate.utils import (
     gather_object,
     patch_environment,
 )
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from common.config import CODE, RunConfig
@@ -103,13 +104,13 @@ def start(
     """
     _end_with_launcher()
     sharding = sharding_of_launcher()
-    if num_networks > 1 and (sharding or _uses_deepspeed()):
+    if num_networks > 1 and (sharding or _launched_with_deepspeed()):
         name = "FSDP" if sharding else "DeepSpeed"
         raise ValueError(
             f"{name} shards one network per run, and this trainer trains two in turns: launch it without {name}, e.g. "
             "with accelerate_configs/ddp.yaml"
         )
-    if _uses_deepspeed():
+    if _launched_with_deepspeed():
         require_deepspeed_settings(DeepSpeedPlugin(), gradient_accumulation_steps, max_grad_norm)
     if sharding is not None:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load on the main process alone
@@ -123,10 +124,10 @@ def start(
         kwargs_handlers=[
             # Accelerate chooses no backend for DeepSpeed without a GPU, and would then see separate runs.
             InitProcessGroupKwargs(
-                backend=None if torch.accelerator.is_available() or not _uses_deepspeed() else "gloo",
+                backend=None if torch.accelerator.is_available() or not _launched_with_deepspeed() else "gloo",
                 timeout=timedelta(seconds=run.process_group_timeout_s),
             ),
-            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True),
         ],
     )
     if accelerator.state.deepspeed_plugin is not None:
@@ -209,12 +210,21 @@ def require_deepspeed_settings(plugin: Any, gradient_accumulation_steps: int, ma
 
 
 def _set_up_deepspeed(config: dict[str, Any], precision: str, max_grad_norm: float) -> None:
-    """Weights stay in float32 and compute under autocast, as without DeepSpeed, which would halve their precision."""
+    """Weights stay in float32 and compute under autocast, as without DeepSpeed, which would halve their precision.
+
+    Raises:
+        ValueError: for fp16.
+    """
+    if precision == "fp16":
+        raise ValueError(
+            "mixed_precision fp16 does not work with DeepSpeed here, which would clip gradients before it undoes their "
+            "scaling, and save no scale: use bf16, or launch with accelerate_configs/ddp.yaml"
+        )
     config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed's own count of throughput alone uses it
     config["gradient_clipping"] = max_grad_norm
-    if precision in ("bf16", "fp16"):
-        config[precision] = {"enabled": False}
-        config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
+    if precision == "bf16":
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
 
 
 def _end_with_launcher() -> None:
@@ -231,10 +241,10 @@ def _end_with_launcher() -> None:
 
 def _runs_on_cpu() -> bool:
     """Without saying so, Accelerate takes the processes of a machine without a GPU for so many separate runs."""
-    return not torch.accelerator.is_available() and not _uses_deepspeed()
+    return not torch.accelerator.is_available() and not _launched_with_deepspeed()
 
 
-def _uses_deepspeed() -> bool:
+def _launched_with_deepspeed() -> bool:
     """Whether `accelerate launch` was told so."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
@@ -278,6 +288,11 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether a DeepSpeed engine steps the optimizer."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
 def seed_model_randomness(seed: int, first_sample: int) -> None:
     """Seeds the global generators, from which dropout layers draw, by the number of a micro-batch's first sample.
 
@@ -287,6 +302,11 @@ def seed_model_randomness(seed: int, first_sample: int) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
+
+
+def free_memory() -> None:
+    """Gives back what nothing refers to any more, on the host and on the GPU."""
+    clear_device_cache(garbage_collection=True)
 
 
 def versions() -> dict[str, str]:
@@ -366,14 +386,17 @@ class StopSignal:
     Args:
         processes: the Accelerator.
         max_train_time_s: seconds after which the run stops as if signalled; None is no limit.
+        timeout_s: how long one process may wait for another.
     """
 
-    def __init__(self, processes: Processes, max_train_time_s: float | None = None):
-        self.processes, self.received = processes, ""
+    def __init__(self, processes: Processes, max_train_time_s: float | None = None, timeout_s: float = 1800.0):
+        # Numbers alone: the signal handlers outlive a run, and would keep its networks in memory with the Accelerator.
+        self.process_index, self.num_processes, self.received = processes.process_index, processes.num_processes, ""
         self.on_progress: Callable[[], None] = lambda: None  # called between the items of shared work
         self.deadline = None if max_train_time_s is None else time.monotonic() + max_train_time_s
         # Flags travel over gloo: that neither waits for the GPU nor makes the GPU wait.
-        self.group: Any = torch.distributed.new_group(backend="gloo") if processes.num_processes > 1 else None
+        waits = timedelta(seconds=timeout_s)
+        self.group: Any = torch.distributed.new_group(backend="gloo", timeout=waits) if self.num_processes > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
@@ -403,7 +426,7 @@ class StopSignal:
         """A number of every process, by rank; called on all of them."""
         if self.group is None:
             return [value]
-        values = [torch.zeros(1, dtype=torch.float64) for _ in range(self.processes.num_processes)]
+        values = [torch.zeros(1, dtype=torch.float64) for _ in range(self.num_processes)]
         torch.distributed.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self.group)
         return [number.item() for number in values]
 
@@ -413,18 +436,18 @@ class StopSignal:
         Raises:
             StopRequested: on all processes in the same round, when one of them was asked to stop.
         """
-        rank, num_processes = self.processes.process_index, self.processes.num_processes
-        for first in range(0, count, num_processes):
+        for first in range(0, count, self.num_processes):
             if self.agreed(self.is_wanted):
                 raise StopRequested(self.received or "another process was asked to stop")
             self.on_progress()
-            if first + rank < count:
-                yield first + rank
+            if first + self.process_index < count:
+                yield first + self.process_index
 
 
 def stop_signal(processes: Processes, run: RunConfig) -> StopSignal:
     """The stop signal of a run; ValueError for a `max_train_time` that cannot be read."""
-    return StopSignal(processes, seconds_of(run.max_train_time) if run.max_train_time else None)
+    max_train_time_s = seconds_of(run.max_train_time) if run.max_train_time else None
+    return StopSignal(processes, max_train_time_s, run.process_group_timeout_s)
 
 
 def seconds_of(duration: str) -> float:

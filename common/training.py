@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from common import checkpoint as checkpoints
@@ -136,12 +136,14 @@ def course_of(session: Session, training_set: DataSet, groups: Sequence[Any] | N
         groups: of each item; batches hold items of one group.
 
     Raises:
-        ValueError: the batch is larger than the data.
+        ValueError: the batch is larger than the data, or processes see different data.
         OSError: the processes do not share the run's folder.
         CheckpointError: see `find_resume_point`; the folder is left as it was.
     """
     config, accelerator, num_items = session.config, session.accelerator, len(training_set)
     micro_batch, num_processes = config.data.batch_size, accelerator.num_processes
+    fingerprint = training_set.fingerprint()
+    _require_same_data(num_items, fingerprint)
     if micro_batch * num_processes > num_items:
         raise ValueError(
             f"the batch is larger than the data: data.batch_size {micro_batch} x {num_processes} processes is "
@@ -149,7 +151,7 @@ def course_of(session: Session, training_set: DataSet, groups: Sequence[Any] | N
         )
     global_batch = micro_batch * accelerator.gradient_accumulation_steps * num_processes
     total_steps = config.run.max_train_steps or math.ceil(config.run.num_train_epochs * num_items / global_batch)
-    plan, fingerprint = SamplePlan(num_items, config.run.seed, global_batch, groups), training_set.fingerprint()
+    plan = SamplePlan(num_items, config.run.seed, global_batch, groups)
     output_dir = Path(config.run.output_dir)
     # Asked by the main process alone: a network file system would let the others go on seeing no folder for a while.
     was_there = accelerator.is_main_process and output_dir.exists()
@@ -161,6 +163,18 @@ def course_of(session: Session, training_set: DataSet, groups: Sequence[Any] | N
             output_dir.rmdir()
         raise
     return Course(plan, total_steps, fingerprint, resume_point)
+
+
+def _require_same_data(num_items: int, fingerprint: Mapping[str, Any]) -> None:
+    """ValueError on all processes if they found different items, which would end in a hang."""
+    found = f"{num_items} items, {json.dumps(fingerprint, sort_keys=True)}"
+    others = [(rank, other) for rank, other in enumerate(gather_object([found])) if other != found]
+    if others:
+        rank, other = others[0]
+        raise ValueError(
+            f"processes see different training data: this one {found}, process {rank} {other}. Start again when "
+            "nothing writes into the data any more and all nodes see the same files"
+        )
 
 
 def find_resume_point(
@@ -184,6 +198,7 @@ def find_resume_point(
         if saved["fingerprint"].get(key) != value
     ]
     harmless = ("checkpoint.resume_from_checkpoint", "run.allow_changed")
+    changed += _changed_launch(found, saved, accelerator)
     broken = [c for c in changed if c.breaks_state and c.path not in config.run.allow_changed]
     if broken:
         raise CheckpointError(
@@ -194,6 +209,29 @@ def find_resume_point(
         if accelerator.is_main_process and change.path not in harmless:
             logger.warning("changed since %s: %s", found.name, change)
     return found
+
+
+def _changed_launch(found: Path, saved: Mapping[str, Any], accelerator: Accelerator) -> list[configs.Change]:
+    """What the launcher decided otherwise than for the checkpoint; CheckpointError if it cannot be read that way."""
+    then, now = saved.get("uses_deepspeed"), runtime.uses_deepspeed(accelerator)
+    processes_then, processes_now = saved["world_size"], accelerator.num_processes
+    if then is not None and (then != now or (now and processes_then != processes_now)):
+        how_then, how_now = (
+            f"{count} processes {'with' if deepspeed else 'without'} DeepSpeed"
+            for count, deepspeed in ((processes_then, then), (processes_now, now))
+        )
+        raise CheckpointError(
+            f"{found} was made by {how_then}, and this run is {how_now}: DeepSpeed saves each process's share of the "
+            "optimizer in its own form. Launch as before, or start anew from the weights in the checkpoint"
+        )
+    precision = saved.get("precision", accelerator.mixed_precision)
+    if precision == accelerator.mixed_precision:
+        return []
+    if accelerator.mixed_precision == "fp16":
+        raise CheckpointError(
+            f"{found} was made in precision {precision}, so it lacks the loss scale of fp16: go on in {precision}"
+        )
+    return [configs.Change("the precision", precision, accelerator.mixed_precision, breaks_state=False)]
 
 
 def open_run(
@@ -225,7 +263,12 @@ def open_run(
         config=config,
         learners=learners,
         log=RunLog(
-            output_dir, config.log, configs.to_dict(config), is_main=is_main, tracker_arguments=tracker_arguments
+            output_dir,
+            config.log,
+            configs.to_dict(config),
+            is_main=is_main,
+            tracker_arguments=tracker_arguments,
+            resumes=course.resume_point is not None,
         ),
         checkpoints=Checkpoints(accelerator, output_dir, models, emas, config.checkpoint.checkpoints_total_limit),
         stop=session.stop,

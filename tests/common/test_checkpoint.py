@@ -258,7 +258,9 @@ def test_a_fresh_start_needs_a_fresh_folder(accelerator: Accelerator, tmp_path: 
     )
 
 
-def test_what_resume_from_checkpoint_may_be(accelerator: Accelerator, tmp_path: Path) -> None:
+def test_what_resume_from_checkpoint_may_be(
+    accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     older, newer = make(tmp_path, 3), make(tmp_path, 20)
     other = make(tmp_path / "other", 4)
     assert find(accelerator, tmp_path, "latest") == newer
@@ -280,8 +282,11 @@ def test_what_resume_from_checkpoint_may_be(accelerator: Accelerator, tmp_path: 
     with pytest.raises(CheckpointError) as raised:
         find(accelerator, tmp_path, "/nowhere/checkpoint-4")
     assert str(raised.value) == (
-        f"there is no checkpoint '/nowhere/checkpoint-4'. Checkpoints in {tmp_path}: checkpoint-20, checkpoint-3"
+        f"there is no checkpoint '/nowhere/checkpoint-4'; tried /nowhere/checkpoint-4, {tmp_path}/checkpoint-4. "
+        f"Checkpoints in {tmp_path}: checkpoint-20, checkpoint-3"
     )
+    assert find(accelerator, tmp_path, "/moved/checkpoint-3") == older
+    assert caplog.messages[-1] == f"/moved/checkpoint-3 is not there; its namesake {older} is resumed from"
     with pytest.raises(CheckpointError, match=r"Checkpoints in .*/none: none$"):
         find(accelerator, tmp_path / "none", "checkpoint-4")
 
@@ -556,16 +561,6 @@ def test_the_average_of_trained_weights(tmp_path: Path) -> None:
     assert torch.equal(network[1].bias, start + 1)
 
 
-def test_other_trained_weights_are_refused() -> None:
-    first, second = (TrainedWeights(mostly_frozen(trained)) for trained in (0, 1))
-    with pytest.raises(CheckpointError) as raised:
-        second.load_state_dict(first.state_dict())
-    assert str(raised.value) == (
-        "the checkpoint holds other trained weights than this run has: 4 names differ, the first is 0.bias. Set back "
-        "what decides on them"
-    )
-
-
 # The checkpoints of a run ---------------------------------------------------------------------------------------------
 
 
@@ -618,6 +613,18 @@ def test_a_run_goes_on_where_it_was_saved(accelerator: Accelerator, tmp_path: Pa
     for ours, theirs in zip(again.bare.parameters(), run.bare.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert all(torch.equal(a, b) for a, b in zip(again.ema.average, run.ema.average, strict=True))
+
+
+def test_weights_of_another_network_are_refused(accelerator: Accelerator, tmp_path: Path) -> None:
+    final = TinyRun(accelerator, tmp_path).checkpoints.save(3, {"step": 3})
+    bare = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5))
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, {"net": bare}, {}, None)
+    with pytest.raises(CheckpointError) as raised:
+        checkpoints.load(final)
+    assert str(raised.value) == (
+        f"{final} cannot be resumed: its net is another network than this run's (2 missing: 1.weight, 1.bias; "
+        "2 unexpected: 2.bias, 2.weight). Set back what decides on it"
+    )
 
 
 def test_saving_leaves_the_weights_alone(accelerator: Accelerator, tmp_path: Path) -> None:

@@ -279,6 +279,17 @@ def test_what_a_tracker_is_told(tmp_path: Path, fake_wandb: type[FailingTracker]
     assert list(fake_wandb.images[0]) == ["sample"] and fake_wandb.images[0]["sample"][0].shape == (4, 4, 3)
 
 
+def test_a_resumed_run_goes_on_in_the_same_charts(tmp_path: Path, fake_wandb: type[FailingTracker]) -> None:
+    def told(resumes: bool) -> dict:
+        log = RunLog(tmp_path, LogConfig(report_to="wandb"), CONFIG, is_main=True, resumes=resumes)
+        return {key: log.trackers["wandb"].arguments[key] for key in ("id", "resume")}
+
+    first = told(resumes=False)
+    assert len(first["id"]) == 12 and first["resume"] == "allow"
+    assert told(resumes=True) == first
+    assert told(resumes=False)["id"] != first["id"]
+
+
 @pytest.mark.parametrize("method", ["__init__", "start", "store_init_configuration"])
 def test_a_tracker_that_does_not_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fake_wandb: type[FailingTracker], method: str

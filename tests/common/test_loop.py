@@ -1,14 +1,22 @@
 """What the loop promises, proved on a trainer in miniature (`tiny_trainer.py`) that runs as real processes."""
 
 import json
+import math
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from processes import assert_same_state, command, metrics, run, seen, weights
+
+from common.loop import is_overflow, take_step
+from common.optim import Learner
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +127,29 @@ def test_nonfinite_steps_are_skipped_then_stop_the_run(tmp_path: Path) -> None:
     assert [(r["step"], r["first_sample"], r["last_sample"]) for r in records] == [(1, 2, 3), (2, 4, 5), (3, 6, 7)]
 
 
+@pytest.mark.parametrize(
+    ("loss", "gradient", "weight", "is_scale_to_blame", "scale"),
+    [(1.0, 1.0, 0.5, False, 8.0), (1.0, math.inf, 1.0, True, 4.0), (math.nan, 1.0, 1.0, False, 8.0)],
+)
+def test_a_step_in_fp16(
+    clean_process: None, loss: float, gradient: float, weight: float, is_scale_to_blame: bool, scale: float
+) -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))  # which is when it begins
+    Accelerator(cpu=True)
+    optimizer: Any = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), scaler=scaler)
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), step=0, total_steps=9)
+    model.weight.grad = torch.full((1, 1), 8.0 * gradient)
+    scaler.unscale_(optimizer.optimizer)
+    finite = math.isfinite(loss) and math.isfinite(gradient)
+    assert (not finite and is_overflow(run.accelerator, loss)) == is_scale_to_blame
+    take_step(run, Learner(model, optimizer, lambda step: 0.5, 0.0), finite)
+    assert (model.weight.item(), scaler.get_scale(), model.weight.grad) == (weight, scale, None)
+    scaler.unscale_(optimizer.optimizer)  # the next step can begin
+
+
 def test_a_used_folder_and_a_missing_checkpoint_are_refused(tmp_path: Path) -> None:
     flags = ("--batch_size", "2", "--max_train_steps", "2")
     run(tmp_path / "run", *flags)
@@ -129,8 +160,12 @@ def test_a_used_folder_and_a_missing_checkpoint_are_refused(tmp_path: Path) -> N
     output = run(tmp_path / "run", *flags, "--resume_from_checkpoint", "checkpoint-2/", "--seed", "5", status=1)
     assert "run.seed: 0 in the checkpoint, 5 now" in output and "--allow_changed run.seed" in output
     more = ("--resume_from_checkpoint", "latest", "--seed", "5", "--allow_changed", "run.seed")
-    output = run(tmp_path / "run", "--batch_size", "2", "--max_train_steps", "3", *more)
+    more += ("--max_train_steps", "3", "--adam_weight_decay", "0.5")
+    output = run(tmp_path / "run", "--batch_size", "2", *more)
     assert "changed since checkpoint-2: run.max_train_steps: 2 in the checkpoint, 3 now" in output
+    assert "changed since checkpoint-2: optim.adam_weight_decay: 0.01 in the checkpoint, 0.5 now" in output
+    optimizer = torch.load(tmp_path / "run" / "checkpoint-3" / "optimizer.bin", weights_only=True)
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.5]
 
 
 def test_rotation_keeps_the_newest(tmp_path: Path) -> None:

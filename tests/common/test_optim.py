@@ -260,6 +260,17 @@ def test_an_optimizer_goes_on_after_swapped() -> None:
     assert_weights(swapping, [p.detach() for p in plain.parameters()])
 
 
+def test_the_last_update_of_a_run_counts() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema, averages = EMA(model, 0.5, warmup=False, every=3), []
+    for step in range(1, 6):
+        nn.init.constant_(model.weight, step)
+        ema.update(is_last=step == 5)
+        averages.append(ema.average[0].item())
+    assert averages == [0, 0, 1.5, 1.5, 3.25]
+
+
 def test_offloaded_averages_are_in_host_memory() -> None:
     model = nn.Linear(2, 2, device="meta")  # the one other device that every machine has
     assert {a.device.type for a in EMA(model, 0.9).average} == {"meta"}

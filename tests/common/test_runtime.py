@@ -371,7 +371,7 @@ def test_durations_that_are_none(text: str) -> None:
 @pytest.mark.parametrize(("count", "num_processes"), [(0, 1), (5, 1), (7, 3), (6, 3), (2, 4)])
 def test_work_is_shared(count: int, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, rounds = [], []
-    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: "group")
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: "group")
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flags, operation, group: rounds.append(len(parts)))
     for rank in range(num_processes):
         stop = StopSignal(SimpleNamespace(process_index=rank, num_processes=num_processes))  # type: ignore[arg-type]
