@@ -44,7 +44,15 @@ def test_processes_and_accumulation_change_nothing(layouts: dict[str, Path], way
         torch.testing.assert_close(weights(other, 8)[key], value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("processes", "precision"), [(1, "no"), (1, "bf16"), (2, "no"), (2, "bf16")])
+@pytest.mark.parametrize(
+    ("processes", "precision"),
+    [
+        (1, "bf16"),
+        (2, "no"),
+        pytest.param(1, "no", marks=pytest.mark.slow),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_is_bit_exact(tmp_path: Path, processes: int, precision: str) -> None:
     flags = ("--batch_size", "2", "--use_ema", "--checkpointing_steps", "5", "--mixed_precision", precision)
     run(tmp_path / "whole", *flags, "--max_train_steps", "11", processes=processes)

@@ -1,6 +1,7 @@
 """Networks as folders: configurations, weights in all their forms, and what errors say."""
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -260,6 +262,20 @@ def test_parts_that_are_not_there(tmp_path: Path) -> None:
         load_part(load, "VAE", str(tmp_path), "vae")
     with pytest.raises(FileNotFoundError, match="from owner/name, which is no folder, and no hub id within reach"):
         load_part(load, "VAE", "owner/name", "vae")
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("torn"), RuntimeError("torn"), EOFError("torn"), pickle.UnpicklingError("torn")]
+)
+def test_parts_whose_weights_are_damaged(tmp_path: Path, error: Exception) -> None:
+    def load(path: str, **options: Any) -> None:
+        raise error
+
+    (tmp_path / "vae").mkdir()
+    message = r"the weights of the VAE in {} are damaged, or of another network \(torn\): copy them again, whole$"
+    for path_or_id, place in ((str(tmp_path), f"{tmp_path}/vae"), ("owner/name", "owner/name")):
+        with pytest.raises(ValueError, match=message.format(place)):
+            load_part(load, "VAE", path_or_id, "vae")
 
 
 @pytest.mark.parametrize(
