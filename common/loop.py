@@ -308,7 +308,10 @@ def accumulate(run: Run, task: Task, fetcher: Fetcher) -> tuple[StepOutput, dict
             with run.watch.phase("forward", samples=numbers):
                 output = task.training_step(batch, run.step)
             with run.watch.phase("backward"):
-                accelerator.backward(output.loss)
+                loss = output.loss
+                if uses_deepspeed(accelerator):  # it steps in here, unless the gradient is not finite
+                    loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+                accelerator.backward(loss)
         for name, value in {"loss": output.loss, **output.metrics}.items():
             value = value.detach().float()
             sums[name] = sums[name] + value if name in sums else value

@@ -55,3 +55,25 @@ def test_zero_2_computes_what_plain_training_does(tmp_path: Path) -> None:
                 assert ours[name] == pytest.approx(reference[name], rel=1e-4), (ours["step"], name)
     for key, value in weights(tmp_path / "plain", 5).items():
         torch.testing.assert_close(weights(tmp_path / "zero", 5)[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    flags = ["--batch_size", "2", "--max_train_steps", "4", "--checkpointing_steps", "1", "data.nan_samples=[3]"]
+    run(tmp_path / "run", *flags, processes=1)
+    trained = [record for record in metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert [record["loss"] is None for record in trained] == [False, True, False, False]
+    steps = [weights(tmp_path / "run", step) for step in (1, 2, 3)]
+    assert [all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(steps, steps[1:], strict=False)] == [
+        True,
+        False,
+    ]
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    flags = ["--batch_size", "1", "--max_train_steps", "2"]
+    run(tmp_path / "run", *flags, processes=2)
+    command = [sys.executable, str(TINY), "--output_dir", str(tmp_path / "run"), *BASE, *flags]
+    command += ["--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "latest"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "made by 2 processes with DeepSpeed, and this run is 1 processes without DeepSpeed" in done.stderr
