@@ -280,9 +280,10 @@ def convert(value: Any, annotation: Any) -> Any:
     """`value`, from YAML or the command line, as the annotated type; ValueError says what was expected."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in NULL_WORDS):
+        if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() in NULL_WORDS)):
             return None
-        return convert(value, next(a for a in arguments if a is not type(None)))
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        return convert(value, float if float in kinds and isinstance(value, int | float) else kinds[0])
     if value is None:
         raise ValueError(f"expected {describe_type(annotation)}, got null")
     if origin is Literal:
@@ -346,7 +347,7 @@ def describe_type(annotation: Any) -> str:
     """How a type is called in `--help` and in messages."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return f"{describe_type(next(a for a in arguments if a is not type(None)))} or null"
+        return " or ".join("null" if kind is type(None) else describe_type(kind) for kind in arguments)
     if origin is Literal:
         return "|".join(arguments)
     if origin is tuple:

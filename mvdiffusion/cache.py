@@ -16,7 +16,7 @@ from mvdiffusion.task import ENCODED, Frozen, encode_batch
 def fingerprint(frozen: Frozen, dataset: MultiViewDataset) -> dict[str, Any]:
     """What the cached values follow from, beside the image files themselves."""
     return {
-        "format": 1,
+        "format": 2,
         "vae_sha256": digest_of_weights(frozen.vae),
         "vae_scaling_factor": frozen.vae.config.scaling_factor,
         "image_encoder_sha256": digest_of_weights(frozen.image_encoder),

@@ -16,11 +16,13 @@ from common.config import (
     RunConfig,
     option,
 )
+from mvdiffusion.views import choose_views, colours_of, require_condition_view, require_countable
 
 # What a switch means where it is not given: section.field -> value. `gnn3d` trains as the original did, `wonder3d` as
-# its parent; `recommended` is the parent's with the min-SNR weights of v-prediction and the start of the joint layers
-# mended.
+# its parent; `recommended` is the parent's with the min-SNR weights of v-prediction, the start of the joint layers and
+# CLIP's input mended.
 _PARENT = {
+    "data.clip_resize": "pil",
     "loss.half_order": "normal_first",
     "loss.condition_latents": "mode",
     "loss.timestep_sharing": "domain_object",
@@ -34,8 +36,14 @@ _PARENT = {
 }
 PROFILES: dict[str, dict[str, Any]] = {
     "recommended": _PARENT,
-    "wonder3d": {**_PARENT, "loss.snr_mode": "wonder3d", "model.zero_init_joint_bias": False},
+    "wonder3d": {
+        **_PARENT,
+        "data.clip_resize": "tensor",
+        "loss.snr_mode": "wonder3d",
+        "model.zero_init_joint_bias": False,
+    },
     "gnn3d": {
+        "data.clip_resize": "pil",
         "loss.half_order": "image_first",
         "loss.condition_latents": "sample",
         "loss.timestep_sharing": "row",
@@ -70,6 +78,9 @@ class MVData(DataConfig):
     invalid_list: str | None = option(None, "JSON list of objects to leave out")
     subscene_tag: int | None = option(None, "letters of an object's id in its parent folder; null finds out", minimum=0)
     suffix: str | None = option(None, "file suffix of the renders: png or webp; null finds out")
+    read_mask: bool | None = option(
+        None, "mask files tell objects from their background, else the images' own transparency; null finds out"
+    )
     num_validation_samples: int = option(32, "last objects of the list, held out for validation", minimum=0)
     max_train_samples: int | None = option(None, "train on the first so many objects", minimum=1)
     num_views: int = option(6, "views per object: 1 to 6, or 8", minimum=1)
@@ -79,10 +90,15 @@ class MVData(DataConfig):
         "camera angles given to the network: even ones, those of the released weights, or of each object's own files",
     )
     resolution: int = option(256, "side of the images in pixels, a multiple of 8", minimum=64)
-    bg_color: str = option(
-        "three_choices", "background: white, black, gray, random, three_choices, or a grey level as text"
+    bg_color: str | float = option(
+        "three_choices", "background: white, black, gray, random, three_choices, or a grey level in [0, 1]"
     )
     augment_data: bool = option(False, "condition on any of the views instead of the front one")
+    clip_resize: Literal["pil", "tensor", "tensor_antialias"] | None = option(
+        None,
+        "how training brings the condition image to CLIP's size: as inference does, or as a tensor, without "
+        f"antialiasing or with it; {_BY_PROFILE}",
+    )
     random_flip: bool = option(False, "mirror an object half of the time, with its normals and views")
     debug: bool = option(False, "train on random numbers instead of data, to measure speed and memory")
     cache_latents: str | None = option(None, "folder of encoded objects, made if absent; needs countable backgrounds")
@@ -93,7 +109,7 @@ class MVData(DataConfig):
         try:
             return float(self.bg_color)
         except ValueError:
-            return self.bg_color
+            return str(self.bg_color)
 
     def __post_init__(self) -> None:
         if self.resolution % 8:
@@ -224,7 +240,7 @@ ALIASES = {
         f"train_dataset.{name}": f"data.{name}"
         for name in (
             *("object_list", "invalid_list", "num_views", "bg_color", "augment_data", "num_validation_samples"),
-            *("subscene_tag", "suffix"),
+            *("subscene_tag", "suffix", "read_mask"),
         )
     },
     f"{_UNET}.num_views": "data.num_views",
@@ -276,9 +292,26 @@ IGNORED = {
 }
 
 
+def _data_problems(data: MVData) -> list[str]:
+    """What is wrong with the names of views and background, one sentence each."""
+    problems = []
+    try:
+        require_condition_view("front", choose_views(data.num_views, data.views or None, data.poses))
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        backgrounds = colours_of(data.background)
+        if data.cache_latents:
+            require_countable(backgrounds)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
 def check(config: MVConfig) -> list[str]:
     """Problems between sections, one sentence each."""
-    data, model, problems = config.data, config.model, []
+    data, model = config.data, config.model
+    problems = _data_problems(data)
     if not data.train_data_dir and not data.debug:
         problems.append("train_data_dir is required: the folder of rendered objects (or debug: Yes for random numbers)")
     missing = [
@@ -315,7 +348,7 @@ def switches(profile: str, section: str) -> dict[str, Any]:
 def resolved(config: MVConfig) -> MVConfig:
     """The same settings with every switch that was left to the profile filled in."""
     sections = {}
-    for section in ("model", "loss", "optim", "validation"):
+    for section in ("data", "model", "loss", "optim", "validation"):
         given = getattr(config, section)
         left = {k: v for k, v in switches(config.run.preset, section).items() if getattr(given, k) is None}
         sections[section] = dataclasses.replace(given, **left)

@@ -29,7 +29,6 @@ from common.config import Parser, find_file, folder_or_id, option
 from common.data import rng_for
 from common.runtime import Processes
 from common.video import save_image, to_uint8, write_video
-from mvdiffusion.data.poses import FIXED_VIEWS, choose_views
 from mvdiffusion.media import object_mask, prepare_photo, read_photo, turntable, view_sheet
 from mvdiffusion.pipelines.mvdiffusion_image import (
     MVDiffusionImagePipeline,
@@ -38,6 +37,7 @@ from mvdiffusion.pipelines.mvdiffusion_image import (
     load_pipeline,
     released_cameras,
 )
+from mvdiffusion.views import FIXED_VIEWS, choose_views
 
 logger = logging.getLogger(__name__)
 

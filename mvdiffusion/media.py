@@ -46,7 +46,7 @@ def prepare_photo(photo: Image.Image, size_px: int, crop_size: int | None, backg
         background: one of `GREY_LEVELS`.
 
     Raises:
-        ValueError: nothing of the photograph is opaque, or `crop_size` is larger than `size_px`.
+        ValueError: as of `recentre`.
     """
     if photo.mode != "RGBA":
         crop_size = -1

@@ -96,6 +96,14 @@ def draw(
     return MVDraws(**draws)
 
 
+def to_device(draws: MVDraws, device: torch.device) -> MVDraws:
+    """The draws on the device; from pinned memory, so that the host need not wait for what a GPU still has to do."""
+    given = {name: tensor for name, tensor in vars(draws).items() if tensor is not None}
+    if device.type == "cuda":
+        given = {name: tensor.pin_memory() for name, tensor in given.items()}
+    return MVDraws(**{name: tensor.to(device, non_blocking=True) for name, tensor in given.items()})
+
+
 def encode_batch(frozen: Frozen, batch: dict[str, Any], domain: Tensor | None = None) -> dict[str, Tensor]:
     """Posterior moments and image embeddings of a batch; a batch of cached objects holds them already.
 
@@ -189,7 +197,7 @@ class MVTask:
         draws = draw(
             self.config.run.seed, numbers, self.settings, len(self.cameras), self.latent_shape, len(self.alphas_cumprod)
         )
-        draws = MVDraws(**{k: v if v is None else v.to(device) for k, v in vars(draws).items()})
+        draws = to_device(draws, device)
         with torch.no_grad():
             encoded = encode_batch(self.frozen, batch, draws.domain)
         result = mv_loss(self.unet, loss_inputs(encoded, batch, draws), draws, self.alphas_cumprod, self.settings)

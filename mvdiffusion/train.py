@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from common import runtime, training
+from common.checkpoint import TRAINER_STATE, read_state
 from common.config import find_file, folder_or_id
 from common.data import BAD_SAMPLE_ERRORS, SampleSource, rng_for
 from common.metrics import lpips_for_all
@@ -18,14 +22,14 @@ from common.pretrained import read_json
 from common.video import IMAGE_SUFFIXES, contact_sheet, find_files
 from mvdiffusion import cache
 from mvdiffusion.config import MVConfig, MVData
-from mvdiffusion.data.mvds import Layout, MultiViewDataset, Objects, RandomViews, find_objects
-from mvdiffusion.data.poses import choose_views
+from mvdiffusion.data.mvds import Layout, MultiViewDataset, Objects, RandomViews, WithoutRawImages, find_objects
 from mvdiffusion.data.preparation import ClipTransform
 from mvdiffusion.media import GREY_LEVELS, prepare_photo, read_photo
 from mvdiffusion.models.components import load_feature_extractor, load_image_encoder, load_scheduler, load_vae
 from mvdiffusion.models.initialise import ConvInInit, load_unet, trainable_parameters
-from mvdiffusion.pipelines import camera_table, fixed_cameras
+from mvdiffusion.pipelines import camera_table, fixed_cameras, pipeline_index
 from mvdiffusion.task import Frozen, MVTask
+from mvdiffusion.views import FIXED_VIEWS, choose_views
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +38,13 @@ MEMORY_KNOBS = (
     "mixed_precision bf16, use_8bit_adam, offload_ema, cache_latents, trainable_modules"
 )
 SHOWN_SAMPLES = 8
+LABEL_WIDTH = 10  # of the data sets' class labels: camera and domain
+SAME_ANGLE_RAD = 5e-3  # released angles are in half precision
 UNET_FLAGS = ("cd_attention_mid", "cd_attention_last", "multiview_attention", "sparse_mv_attention")
 
 
 def draw_samples(config: MVConfig) -> np.ndarray:
-    """A contact sheet of the first samples that training will see."""
+    """A contact sheet of the first training objects, each as one of its samples."""
     dataset, rows = training_data(config, ClipTransform(), listed_objects(config.data)), []
     for number in range(min(len(dataset), SHOWN_SAMPLES)):
         sample = dataset.sample(number, rng_for(config.run.seed, "augmentation", number))
@@ -59,7 +65,7 @@ def listed_objects(data: MVData) -> Objects:
         return Objects((), ())
     return find_objects(
         find_file(str(data.train_data_dir), "train_data_dir"),
-        Layout(data.subscene_tag, data.suffix),
+        Layout(data.subscene_tag, data.suffix, data.read_mask),
         views=view_names(data),
         rendered_poses=data.poses == "rendered",
         object_list=data.object_list and find_file(data.object_list, "object_list"),
@@ -167,12 +173,65 @@ def require_trained(new: Sequence[str], trained: Mapping[str, nn.Parameter]) -> 
         )
 
 
-def load_trained_unet(config: MVConfig, latent_size: int) -> tuple[Any, dict[str, nn.Parameter]]:
-    """The UNet in training mode, and by name what the stage trains of it; ValueError as in `require_trained`."""
+def require_label_width(config: Any) -> None:
+    """ValueError for a UNet (by its config) that does not take the labels of the data sets."""
+    width = config.projection_class_embeddings_input_dim if config.class_embed_type else 0
+    if width != LABEL_WIDTH:
+        raise ValueError(
+            f"the UNet takes class labels of {width} numbers, and training gives it {LABEL_WIDTH}, of camera and "
+            f"domain: set projection_class_embeddings_input_dim to {LABEL_WIDTH} in pretrained_config_path_unet, or "
+            "take weights that were trained with such labels"
+        )
+
+
+def cameras_of_weights(source: str, names: Sequence[str], hub: Mapping[str, Any]) -> list[Any]:
+    """[name, elevation, azimuth] of views that multi-view weights were trained with, as far as is known.
+
+    A run's checkpoint says it, and so does an export; other pipelines, and a UNet alone, are taken to be released ones,
+    whose poses are tilted.
+
+    Args:
+        source: what the UNet was loaded from: a folder, its `unet`, or a hub id.
+        names: views of which the angles are wanted, where the source names none.
+        hub: revision and cache_dir.
+    """
+    names = [name for name in names if name in FIXED_VIEWS]
+    index: dict[str, Any] = {}
+    for root in (source, str(Path(source).parent)) if Path(source).is_dir() else (source,):
+        if (Path(root) / TRAINER_STATE).is_file():
+            poses = read_state(Path(root))["config"]["data"]["poses"]
+            return [] if poses == "rendered" else fixed_cameras(names, poses)
+        with suppress(OSError):  # a hub id may hold a UNet alone
+            index = index or pipeline_index(root, hub)
+    return index.get("cameras") or fixed_cameras(names, "tilted")
+
+
+def warn_of_other_cameras(source: str, known: Sequence[Any], cameras: Sequence[Any], poses: str) -> None:
+    """Says so if views have other angles than the weights were trained with; both as of `pipelines.camera_table`."""
+    angles = {name: pair for name, *pair in known}
+    for name, *pair in cameras:
+        if not np.allclose(pair, angles.get(name, pair), rtol=0, atol=SAME_ANGLE_RAD):
+            logger.warning(
+                "the weights in %s know other cameras than poses %s gives: of %s they know elevation %.3f and azimuth "
+                "%.3f rad, and are now told %.3f and %.3f; set poses to what they were trained with (released ones: "
+                "tilted), or let them learn the new angles",
+                *(source, poses, name, *angles[name], *pair),
+            )
+            return
+
+
+def load_trained_unet(
+    config: MVConfig, latent_size: int, cameras: Sequence[Any]
+) -> tuple[Any, dict[str, nn.Parameter]]:
+    """The UNet in training mode, and by name what the stage trains of it.
+
+    Warns where the weights know other `cameras`. ValueError as in `require_label_width` and `require_trained`.
+    """
     model = config.model
+    source = folder_or_id(str(model.pretrained_unet_path or model.pretrained_model_name_or_path))
     runtime.seed_model_randomness(config.run.seed, 0)
     unet, report = load_unet(
-        folder_or_id(str(model.pretrained_unet_path or model.pretrained_model_name_or_path)),
+        source,
         unet_config=unet_settings(config) | {"sample_size": latent_size},
         num_views=config.data.num_views,
         conv_in_init=conv_in_init(config),
@@ -181,6 +240,11 @@ def load_trained_unet(config: MVConfig, latent_size: int) -> tuple[Any, dict[str
         cache_dir=model.cache_dir,
     )
     logger.info("UNet: %s", report)
+    require_label_width(unet.config)
+    if "class_embedding.linear_1.weight" in report.copied and not config.data.debug:
+        hub = {"revision": model.revision, "cache_dir": model.cache_dir}
+        known = cameras_of_weights(source, [name for name, *_ in cameras], hub)
+        warn_of_other_cameras(source, known, cameras, config.data.poses)
     trained = trainable_parameters(unet, model.trainable_modules or None)
     require_trained([*report.new, *report.widened], trained)
     if model.gradient_checkpointing:
@@ -204,7 +268,7 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
     # Data: who is held out, in what order the rest is seen, and where an earlier start left off.
     load = partial(load_frozen, config)
     frozen = load()
-    clip = ClipTransform.of(frozen.feature_extractor)
+    clip = replace(ClipTransform.of(frozen.feature_extractor), resize=config.data.clip_resize)
     objects = listed_objects(config.data)
     training_set = training_data(config, clip, objects)
     held_out = None
@@ -216,14 +280,15 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
     # Frozen parts in the run's precision; of the UNet, what the stage trains.
     for module in (frozen.vae, frozen.image_encoder):
         module.to(device, runtime.weight_dtype(accelerator))
-    bare_unet, trained = load_trained_unet(config, frozen.latent_shape(config.data.resolution)[-1])
+    cameras = view_cameras(config, training_set)
+    bare_unet, trained = load_trained_unet(config, frozen.latent_shape(config.data.resolution)[-1], cameras)
     num_views, num_domains = config.data.num_views, 2 if config.loss.pred_type == "joint" else 1
     logger.info(
         "real batch per process and micro-batch: num_views %d x %d domains x train_batch_size %d = %d rows",
         *(num_views, num_domains, config.data.batch_size, num_views * num_domains * config.data.batch_size),
     )
 
-    source: SampleSource = training_set
+    source: SampleSource = WithoutRawImages(training_set)
     if config.data.cache_latents and isinstance(training_set, MultiViewDataset):
         source = cache.build(training_set, frozen, config.data.cache_latents, accelerator, stop)
 
@@ -250,7 +315,7 @@ def train(config: MVConfig, warnings: Sequence[str] = ()) -> None:
         frozen,
         unet,
         bare_unet,
-        view_cameras(config, training_set),
+        cameras,
         held_out,
         photographs,
         run.log,

@@ -41,8 +41,9 @@ from common.video import (
 )
 from gaussian_refiner.data import BUCKETS, IMAGE_KEYS, Pair, choose_bucket, load_crops, read_pairs, window_places
 from mvdiffusion.data.mvds import Layout, RenderedObject, list_uids, locate
-from mvdiffusion.data.poses import choose_views, read_pose
+from mvdiffusion.data.poses import read_pose
 from mvdiffusion.data.preparation import decode_normals, prepare_mask, read_image
+from mvdiffusion.views import choose_views
 from training_ggi.data import NUM_FRAMES, Scene, find_image_folder, list_scene_names, read_captions
 
 SMALLEST_SIDE_PX = 64

@@ -16,7 +16,8 @@ from spheres import Sphere, write_object
 
 from common.video import write_video
 from diffnext.data.records import RecordWriter
-from mvdiffusion.data.poses import VIEW_LISTS, fixed_poses
+from mvdiffusion.data.poses import fixed_poses
+from mvdiffusion.views import VIEW_LISTS
 
 TINY_WFVAE = {
     "_class_name": "WFVAEModel",

@@ -54,7 +54,9 @@ class VaeModel:
     model_name: Literal["WFVAE", "CausalVAE", "WFVAE2"] | None = option(
         None, "network; null is what the pretrained folder says"
     )
-    model_config: str | None = option(None, "json of a network to train from scratch, see examples/*.json")
+    model_config: str | None = option(
+        None, "json of a network to train from scratch, see examples/*.json; the pretrained folder's own one wins"
+    )
     pretrained_model_name_or_path: str | None = option(
         None, "folder with weights and config.json to start from; optimizer and position are not read"
     )
@@ -63,7 +65,9 @@ class VaeModel:
     )
     freeze_encoder: bool = option(False, "train the decoder alone", state=True)
     enable_tiling: bool = option(
-        False, "pass in chunks of frames: WFVAE gives the same result, CausalVAE an approximate one"
+        False,
+        "reconstruct validation clips in pieces: less memory, the same result of WFVAE, an approximate one of "
+        "CausalVAE; training, whose backward would hold all pieces and more, passes whole clips",
     )
     find_unused_parameters: bool = option(False, "passed to DistributedDataParallel; nothing here needs it")
     load_disc_from_checkpoint: str | None = option(
@@ -193,11 +197,6 @@ def check(config: VaeConfig) -> list[str]:
         )
     if model.model_config and not (model.model_name or model.pretrained_model_name_or_path):
         problems.append("--model_name is required with --model_config: WFVAE, CausalVAE or WFVAE2")
-    if model.model_config and model.pretrained_model_name_or_path and not model.ignore_mismatched_sizes:
-        problems.append(
-            "--model_config and --pretrained_model_name_or_path exclude each other, unless --ignore_mismatched_sizes "
-            "asks for those weights that fit the json's network"
-        )
     return problems
 
 

@@ -7,19 +7,22 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.data import BAD_SAMPLE_ERRORS
 from common.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, find_files, load_image, probe_video, read_frames
 
 IO_THREADS = 16
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -306,6 +309,33 @@ class EvalClips:
         _refuse_short(path, _count_frames(path), self.num_frames, self.sample_rate)
         frames = _read(path, valid_frame_indices(self.num_frames, self.sample_rate))  # (T, 3, H, W)
         return {"video": resize_and_crop(frames, self.resolution, self.crop_px), "name": _name(path, self.root)}
+
+
+def read_in_threads(
+    read: Callable[[int], T], indices: Iterable[int], num_threads: int
+) -> Generator[tuple[int, T | None, str]]:
+    """(index, read(index), "") for each index in order, read ahead by threads; (index, None, why) if it failed.
+
+    For the training process, in which the death of a loader process started by the main thread would be raised
+    anywhere.
+    """
+    pool, waiting = ThreadPoolExecutor(max(1, num_threads)), deque()
+    try:
+        for index in indices:
+            waiting.append((index, pool.submit(read, index)))
+            if len(waiting) > num_threads:
+                yield _outcome(*waiting.popleft())
+        while waiting:
+            yield _outcome(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _outcome(index: int, reading: Future[T]) -> tuple[int, T | None, str]:
+    try:
+        return index, reading.result(), ""
+    except BAD_SAMPLE_ERRORS as error:
+        return index, None, str(error)
 
 
 def _check_clips(paths: Sequence[Path], num_frames: int, resolution: int, sample_rate: int) -> None:

@@ -4,7 +4,9 @@ The formulas are in `models.objective`; here they meet the data and the run.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.data import BAD_SAMPLE_ERRORS, collate, draw_normal
+from common.data import collate, draw_normal
 from common.log import RunLog
 from common.loop import StepOutput
 from common.metrics import Lpips, flicker, psnr, ssim
 from common.runtime import Processes, StopSignal
 from common.video import contact_sheet, load_image
 from vae.config import VaeConfig, VaeLoss
-from vae.data import EvalClips, to_uint8_frames
+from vae.data import EvalClips, read_in_threads, to_uint8_frames
 from vae.models.discriminator import RealAndFake
 from vae.models.objective import ObjectiveSettings, discriminator_loss, generator_loss, is_discriminator_step
 from vae.models.perceptual import PerceptualLoss
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 REPORTED = ("nll_loss", "kl_loss", "wl_loss", "g_loss", "d_weight", "rec_per_pixel", "lpips")
 SHEET_FRAMES, SHEET_CLIPS, LOGGED_FPS = 5, 8, 10
+METRIC_FRAMES = 8  # that are measured at once: SSIM holds a dozen copies of them in float64
 
 
 def objective_settings(loss: VaeLoss) -> ObjectiveSettings:
@@ -40,7 +43,7 @@ def objective_settings(loss: VaeLoss) -> ObjectiveSettings:
         perceptual_weight=loss.perceptual_weight,
         loss_type=loss.loss_type,
         logvar=loss.logvar_init,
-        wavelet_weight=loss.wavelet_weight if loss.wavelet_loss else 0.0,
+        wavelet_weight=loss.wavelet_weight,
         disc_loss=loss.disc_loss,
     )
 
@@ -80,6 +83,9 @@ class VaeTask:
 
     def training_step(self, batch: dict[str, Any], step: int) -> StepOutput:
         """The loss of one micro-batch: the discriminator's in its turns, else the autoencoder's."""
+        if self.config.model.freeze_encoder:  # the loop sets all to train mode
+            for module in self.bare_vae.encoder_modules():
+                module.eval()
         video = batch["video"]  # (B, 3, T, R, R)
         shape = self.bare_vae.latent_shape(*video.shape[2:])
         numbers = batch["sample_number"].tolist()
@@ -90,6 +96,8 @@ class VaeTask:
             loss, metrics = discriminator_loss(*self.adversary(video, fake), self.settings, step)
             return StepOutput(loss, metrics, optimizer="discriminator")
         output = self.vae(video, noise)
+        if not self.config.loss.wavelet_loss:
+            output = output._replace(coefficients=())
         loss, metrics = generator_loss(
             video,
             output,
@@ -110,59 +118,93 @@ class VaeTask:
         """
         if self.eval_clips is None:
             return {}
-        batch_size, count = self.config.validation.eval_batch_size, len(self.eval_clips)
+        count = len(self.eval_clips)
+        num_batches = -(-count // self.config.validation.eval_batch_size)
+        own = range(self.processes.process_index, num_batches, self.processes.num_processes)  # as `share` deals them
         names = ["psnr", "ssim", "flicker"] + (["lpips"] if self.lpips else [])
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts clips
-        for batch in self.stop.share(-(-count // batch_size)):
-            numbers, samples = self._read(range(batch * batch_size, min((batch + 1) * batch_size, count)))
-            if not samples:
-                continue
-            real = collate(samples)["video"].to(self.processes.device)  # (B, 3, T, R, R)
-            fake = self.bare_vae(real).sample.float()
-            for number, one, other in zip(numbers, real, fake, strict=True):
-                self._write(step, number, one, other)
-            metrics = self._measure(real.clamp(-1, 1) / 2 + 0.5, fake.clamp(-1, 1) / 2 + 0.5)
-            sums += torch.tensor([*(metrics[name] for name in names), len(samples)], dtype=torch.float64)
+        videos: dict[int, np.ndarray] = {}
+        numbers = [number for batch in own for number in self._numbers(batch)]
+        with closing(read_in_threads(self.eval_clips.sample, numbers, self.config.data.num_workers)) as reading:
+            for batch in self.stop.share(num_batches):
+                samples = self._readable(islice(reading, len(self._numbers(batch))))
+                if not samples:
+                    continue
+                real = collate(list(samples.values()))["video"].to(self.processes.device)  # (B, 3, T, R, R)
+                fake = self._reconstruct(real)
+                for number, one, other in zip(samples, real, fake, strict=True):
+                    self._show(step, number, one, other, videos)
+                metrics = self._measure(real.clamp(-1, 1) / 2 + 0.5, fake.clamp(-1, 1) / 2 + 0.5)
+                sums += torch.tensor([*(metrics[name] for name in names), len(samples)], dtype=torch.float64)
         sums = self.processes.reduce(sums.float().to(self.processes.device), "sum").cpu()
-        self.processes.wait_for_everyone()
         if not sums[-1]:
             raise ValueError(f"none of the {count} validation clips can be read; the reasons are in the log")
+        self._write_videos(step, videos)
+        self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             self._write_sheet(step, count)
         return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
-    def _read(self, numbers: range) -> tuple[list[int], list[dict[str, Any]]]:
-        """Those clips that can be read."""
+    def _numbers(self, batch: int) -> range:
+        """The validation clips of a batch."""
+        size, count = self.config.validation.eval_batch_size, len(self.eval_clips or ())
+        return range(batch * size, min((batch + 1) * size, count))
+
+    def _readable(self, outcomes: Iterable[tuple[int, dict[str, Any] | None, str]]) -> dict[int, dict[str, Any]]:
+        """Those clips that can be read, by number."""
         samples = {}
-        for number in numbers:
-            try:
-                samples[number] = self.eval_clips.sample(number)  # type: ignore[union-attr]
-            except BAD_SAMPLE_ERRORS as error:
-                logger.warning("a validation clip is left out: %s", error)
-        return list(samples), list(samples.values())
+        for number, sample, reason in outcomes:
+            if sample is None:
+                logger.warning("a validation clip is left out: %s", reason)
+            else:
+                samples[number] = sample
+        return samples
+
+    def _reconstruct(self, real: Tensor) -> Tensor:
+        """(B, 3, T, R, R) -> the same of the posterior's mode; in pieces with `enable_tiling`, as never in training."""
+        if self.config.model.enable_tiling:
+            self.bare_vae.enable_tiling()
+        fake = self.bare_vae(real).sample.float()
+        self.bare_vae.disable_tiling()
+        return fake
 
     def _measure(self, real: Tensor, fake: Tensor) -> dict[str, float]:
         """Sums over the clips of a batch of each clip's mean metrics; (B, 3, T, R, R) in [0, 1]."""
-        frames = [clips.transpose(1, 2).flatten(0, 1) for clips in (fake, real)]  # (B T, 3, R, R)
-        num_frames = real.shape[2]
-        metrics = {"psnr": psnr(*frames).sum() / num_frames, "ssim": ssim(*frames).sum() / num_frames}
-        metrics["flicker"] = flicker(fake, real).sum()
-        if self.lpips:
-            metrics["lpips"] = self.lpips(*frames).sum() / num_frames
-        return {name: value.item() for name, value in metrics.items()}
+        frames = [clips.transpose(1, 2).flatten(0, 1).split(METRIC_FRAMES) for clips in (fake, real)]  # (<= 8, 3, R, R)
+        of_frames = {"psnr": psnr, "ssim": ssim} | ({"lpips": self.lpips} if self.lpips else {})
+        metrics = {
+            name: sum(metric(*some).sum().item() for some in zip(*frames, strict=True)) / real.shape[2]
+            for name, metric in of_frames.items()
+        }
+        return metrics | {
+            "flicker": sum(flicker(*pair).item() for pair in zip(fake.split(1), real.split(1), strict=True))
+        }
 
-    def _write(self, step: int, number: int, real: Tensor, fake: Tensor) -> None:
-        """The first clips as video, the input on the left; a row of the sheet for some more."""
-        if number >= max(self.config.validation.eval_num_video_log, SHEET_CLIPS):
+    def _show(self, step: int, number: int, real: Tensor, fake: Tensor, videos: dict[int, np.ndarray]) -> None:
+        """The first clips into `videos`, the input on the left; a row of the sheet for some more."""
+        num_videos = self.config.validation.eval_num_video_log
+        if number >= max(num_videos, SHEET_CLIPS):
             return
         sides = [to_uint8_frames(clip).cpu().numpy() for clip in (real, fake)]  # (T, R, R, 3) each
         pair = np.concatenate(sides, axis=2)  # (T, R, 2 R, 3)
-        if number < self.config.validation.eval_num_video_log:
-            self.log.video(step, f"{number:03d}", pair, LOGGED_FPS)
+        if number < num_videos:
+            videos[number] = pair
         if number < SHEET_CLIPS:
             chosen = np.linspace(0, len(pair) - 1, min(SHEET_FRAMES, len(pair))).round().astype(int)
             row = contact_sheet([[pair[index] for index in chosen]], [f"frame {index}" for index in chosen])
             self.log.image(step, f"{number:03d}", row, track=False)
+
+    def _write_videos(self, step: int, videos: dict[int, np.ndarray]) -> None:
+        """The first clips of all processes, by the main one, whose trackers show them; called on all of them."""
+        validation, device = self.config.validation, self.processes.device
+        side = validation.eval_resolution
+        nothing = np.zeros((validation.eval_num_frames, side, 2 * side, 3), np.uint8)  # (T, R, 2 R, 3)
+        are_there = torch.tensor([float(number in videos) for number in range(validation.eval_num_video_log)])
+        for (number,) in self.processes.reduce(are_there.to(device), "sum").nonzero().tolist():
+            frames = torch.from_numpy(videos.get(number, nothing)).to(device)  # (T, R, 2 R, 3)
+            frames = self.processes.reduce(frames, "sum").cpu().numpy()  # of all processes one has the clip
+            if self.processes.is_main_process:
+                self.log.video(step, f"{number:03d}", frames, LOGGED_FPS)
 
     def _write_sheet(self, step: int, count: int) -> None:
         """One picture of the first clips, from what every process wrote."""

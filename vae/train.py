@@ -16,11 +16,11 @@ from common.config import find_file
 from common.data import BAD_SAMPLE_ERRORS, rng_for
 from common.metrics import Lpips, LpipsUnavailable, find_backbone_weights, lpips_for_all
 from common.optim import EMA, Learner, build_adamw, lr_schedule
-from common.pretrained import read_json, read_tensors
+from common.pretrained import CONFIG_FILE, read_json, read_tensors
 from common.runtime import Processes
 from common.video import contact_sheet
 from vae import upstream
-from vae.config import DISCRIMINATORS, VaeCheckpoint, VaeConfig
+from vae.config import DISCRIMINATORS, VaeCheckpoint, VaeConfig, VaeModel
 from vae.data import Clips, EvalClips, list_videos
 from vae.models.discriminator import NLayerDiscriminator, NLayerDiscriminator3D, RealAndFake
 from vae.models.load import build_model, load_model
@@ -30,8 +30,8 @@ from vae.task import SHEET_CLIPS, SHEET_FRAMES, VaeTask
 logger = logging.getLogger(__name__)
 
 MEMORY_KNOBS = (
-    "batch_size (raise gradient_accumulation_steps to match), resolution or num_frames, or use --enable_tiling, "
-    "--mix_precision bf16, --use_8bit_adam, --offload_ema"
+    "batch_size (raise gradient_accumulation_steps to match), resolution or num_frames, or use "
+    "--mix_precision bf16, --use_8bit_adam, --offload_ema, for validation --eval_batch_size, --enable_tiling"
 )
 
 
@@ -98,41 +98,78 @@ def _folder(path: str | None, setting: str) -> Path:
     return Path(str(path))
 
 
+def network_json(model: VaeModel) -> Path:
+    """The file that says which network a run trains: the pretrained folder's own, else --model_config.
+
+    With `ignore_mismatched_sizes` the latter wins.
+    """
+    given = find_file(model.model_config, "--model_config") if model.model_config else None
+    if not model.pretrained_model_name_or_path or (given and model.ignore_mismatched_sizes):
+        assert given is not None, "the configuration's check lets no other case pass"
+        return given
+    own = _folder(model.pretrained_model_name_or_path, "--pretrained_model_name_or_path") / CONFIG_FILE
+    return own if own.is_file() or given is None else given
+
+
+def check_sizes(config: VaeConfig) -> None:
+    """ValueError, which names the nearest sizes, for clips that the network cannot take; asked before data are."""
+    model, data, validation = config.model, config.data, config.validation
+    path = network_json(model)
+    if not path.is_file():
+        return  # `load_vae` says what is missing
+    with torch.device("meta"):
+        network = build_model(model.model_name, read_json(path))
+    sizes = [("", data.num_frames, data.resolution)]
+    if validation.eval_video_path:
+        sizes += [("eval_", validation.eval_num_frames, validation.eval_resolution)]
+        if model.enable_tiling:
+            network.enable_tiling()  # a network that cannot says so
+    for prefix, num_frames, resolution in sizes:
+        try:
+            network.check_size(num_frames, resolution, resolution)
+        except ValueError as error:
+            raise ValueError(f"--{prefix}num_frames {num_frames}, --{prefix}resolution {resolution}: {error}") from None
+
+
 def load_vae(config: VaeConfig) -> Any:
     """The autoencoder to start from: a json's network, a pretrained folder, or a folder with a .ckpt file.
 
     Raises:
-        ValueError, FileNotFoundError, CheckpointError: files are absent or do not belong together, or the network
-            cannot take the clips' size; the text names the nearest sizes that it can.
+        ValueError, FileNotFoundError, CheckpointError: files are absent or do not belong together.
     """
-    model, data, validation = config.model, config.data, config.validation
-    json_path = find_file(model.model_config, "--model_config") if model.model_config else None
-    vae: Any = build_model(model.model_name, read_json(json_path)) if json_path else None
-    if model.pretrained_model_name_or_path:
-        folder = _folder(model.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
-        if vae is not None:
+    model, path = config.model, network_json(config.model)
+    vae: Any
+    if not model.pretrained_model_name_or_path:
+        vae = build_model(model.model_name, read_json(path))
+    else:
+        folder = Path(model.pretrained_model_name_or_path)
+        if model.model_config and model.ignore_mismatched_sizes:
+            vae = build_model(model.model_name, read_json(path))
             _load_fitting(vae, folder)
         elif upstream.find_ckpt(folder):
-            vae = upstream.load_ckpt_model(folder, model.model_name)
+            vae = upstream.load_ckpt_model(folder, model.model_name, path)
         else:
             vae = load_model(folder, model.model_name)
-    assert vae is not None, "the configuration's check lets no other case pass"
-    _check_size(vae, "", data.num_frames, data.resolution)
-    if validation.eval_video_path:
-        _check_size(vae, "eval_", validation.eval_num_frames, validation.eval_resolution)
-    if model.enable_tiling:
-        vae.enable_tiling()
+        _warn_of_unused_json(vae, model, path)
     if model.freeze_encoder:
         for module in vae.encoder_modules():
             module.requires_grad_(False)
     return vae
 
 
-def _check_size(vae: Any, prefix: str, num_frames: int, resolution: int) -> None:
+def _warn_of_unused_json(vae: Any, model: VaeModel, used: Path) -> None:
+    given = find_file(model.model_config, "--model_config") if model.model_config else used
     try:
-        vae.check_size(num_frames, resolution, resolution)
-    except ValueError as error:
-        raise ValueError(f"--{prefix}num_frames {num_frames}, --{prefix}resolution {resolution}: {error}") from None
+        is_the_same = given == used or type(vae).parse_config(read_json(given)) == vae.config
+    except ValueError:  # of another class
+        is_the_same = False
+    if not is_the_same:
+        logger.warning(
+            "--model_config %s is not used: the network is that of %s; --ignore_mismatched_sizes builds the json's, "
+            "with those weights that fit",
+            given,
+            used,
+        )
 
 
 def _load_fitting(vae: nn.Module, folder: Path) -> None:
@@ -197,6 +234,7 @@ def load_perceptual(config: VaeConfig, accelerator: Processes) -> PerceptualLoss
 
 def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
+    check_sizes(config)
     session = training.start(
         config, warnings, num_networks=2, find_unused_parameters=config.model.find_unused_parameters
     )

@@ -1,6 +1,10 @@
-"""The original's single-file checkpoints: read safely, and written from a checkpoint folder of ours.
+"""The original's single-file checkpoints: read safely, written from a checkpoint folder of ours, turned into a folder.
 
     python upstream.py results/.../checkpoint-5000 checkpoint-5000.ckpt
+    python upstream.py checkpoint-5000.ckpt folder
+
+The second command takes the autoencoder alone, averaged where the file has an average, and writes config.json and
+safetensors, as the original's save_hf_model.py does.
 
 A file is a pickled dictionary: `state_dict` with `gen_model` and `dics_model` (so spelt), `optimizer_state`,
 `ema_state_dict` (names start with `module.`), `scaler_state`, `sampler_state`, `epoch`, `current_step`.
@@ -20,17 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, problems_of, read_state, read_weights
-from common.optim import EMA
+from common.optim import EMA, settings_kept
 from common.pretrained import load_exactly, read_json, read_tensors
 from common.runtime import clear_errors
 from vae.config import VaeCheckpoint
+from vae.models.base import Autoencoder
 from vae.models.discriminator import RealAndFake
-from vae.models.load import build_model
+from vae.models.load import MODELS, build_model
 from vae.models.perceptual import PerceptualLoss
 
 logger = logging.getLogger(__name__)
 
-EMA_PREFIX, DISCRIMINATOR_PREFIX = "module.", "discriminator."
+WRAPPED_PREFIX, DISCRIMINATOR_PREFIX = "module.", "discriminator."
 OPTIMIZERS = ("optimizer.bin", "optimizer_1.bin")  # in the order of `accelerator.prepare`
 FRESH_SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 FRESH_SCALER["_growth_tracker"] = 0  # the original scales in any precision, and refuses an empty state
@@ -85,13 +90,13 @@ def read_ckpt(path: Path) -> UpstreamCheckpoint:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         states = content["state_dict"]
         optimizers = content.get("optimizer_state") or {}
         return UpstreamCheckpoint(
-            vae=dict(states["gen_model"]),
-            loss=dict(states.get("dics_model") or {}),
-            ema={name.removeprefix(EMA_PREFIX): value for name, value in (content.get("ema_state_dict") or {}).items()},
+            vae=_unwrapped(states["gen_model"]),
+            loss=_unwrapped(states.get("dics_model") or {}),
+            ema=_unwrapped(content.get("ema_state_dict") or {}),
             vae_optimizer=optimizers.get("gen_optimizer") or {},
             discriminator_optimizer=optimizers.get("disc_optimizer") or {},
             scaler=content.get("scaler_state") or {},
@@ -106,6 +111,11 @@ def read_ckpt(path: Path) -> UpstreamCheckpoint:
         raise CheckpointError(f"{path} is no checkpoint of the original's layout, or is damaged ({reason})") from error
 
 
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By their names in the network itself, not in DistributedDataParallel around it."""
+    return {name.removeprefix(WRAPPED_PREFIX): value for name, value in state.items()}
+
+
 def find_ckpt(folder: Path) -> Path | None:
     """The .ckpt file of a folder, None if it has none; of several the one with the highest step in its name."""
     found = sorted(folder.glob("*.ckpt"), key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
@@ -114,7 +124,7 @@ def find_ckpt(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_ckpt_model(path: Path, model_name: str | None = None, model_config: str | Path | None = None) -> nn.Module:
+def load_ckpt_model(path: Path, model_name: str | None = None, model_config: str | Path | None = None) -> Autoencoder:
     """The autoencoder of a .ckpt file: averaged weights where it has them, unless NOT_USE_EMA_MODEL is set.
 
     Args:
@@ -235,7 +245,8 @@ def restore(
         if not state:
             continue
         try:
-            optimizer.load_state_dict(state)
+            with settings_kept([optimizer]):
+                optimizer.load_state_dict(state)
         except (ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"the optimizer state in {source} does not fit: {error}. Another --freeze_encoder needs a fresh one: "
@@ -267,7 +278,7 @@ def write_ckpt(folder: Path, path: Path, vgg_weights: Path | None = None) -> Non
         "current_step": parts.step,
         "optimizer_state": {"gen_optimizer": parts.vae_optimizer, "disc_optimizer": parts.discriminator_optimizer},
         "state_dict": {"gen_model": parts.vae, "dics_model": parts.loss},
-        "ema_state_dict": {f"{EMA_PREFIX}{name}": value for name, value in parts.ema.items()},
+        "ema_state_dict": {f"{WRAPPED_PREFIX}{name}": value for name, value in parts.ema.items()},
         "scaler_state": parts.scaler or FRESH_SCALER,
         "sampler_state": {"epoch": epoch, "seed": 0, "current_index": index // state["world_size"]},
     }
@@ -279,17 +290,25 @@ def write_ckpt(folder: Path, path: Path, vgg_weights: Path | None = None) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes a .ckpt file; see the module's text."""
+    """Writes a .ckpt file, or a folder out of one; see the module's text."""
     parser = argparse.ArgumentParser(
-        prog="upstream.py", description="Writes a checkpoint folder as the original's .ckpt."
+        prog="upstream.py",
+        description="Writes a checkpoint folder as the original's .ckpt, or the autoencoder of a .ckpt as a folder.",
     )
-    parser.add_argument("checkpoint", type=Path, help="folder checkpoint-<step>")
-    parser.add_argument("output", type=Path, help="file to write; config.json is put beside it")
+    parser.add_argument("checkpoint", type=Path, help="folder checkpoint-<step>, or a .ckpt file or a folder with one")
+    parser.add_argument("output", type=Path, help="file to write, config.json is put beside it; or folder to write")
     parser.add_argument("--vgg_weights", type=Path, help="torchvision's VGG16, which the original's trainer expects")
+    parser.add_argument("--model_name", choices=MODELS, help="of a .ckpt file; default: what config.json says")
+    parser.add_argument("--model_config", type=Path, help="json of a .ckpt file; default: config.json beside it")
     arguments = parser.parse_args(argv)
+    source, output = arguments.checkpoint, arguments.output
     with clear_errors():
-        write_ckpt(arguments.checkpoint, arguments.output, arguments.vgg_weights)
-    print(f"wrote {arguments.output} and {arguments.output.with_name('config.json')}")
+        if source.suffix == ".ckpt" or find_ckpt(source):
+            load_ckpt_model(source, arguments.model_name, arguments.model_config).save_pretrained(output)
+            print(f"wrote {output}")
+        else:
+            write_ckpt(source, output, arguments.vgg_weights)
+            print(f"wrote {output} and {output.with_name('config.json')}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,8 +20,6 @@ from PIL import Image
 from common.data import rng_for
 from mvdiffusion.data.poses import (
     MIRROR_X,
-    VIEW_LISTS,
-    choose_views,
     class_labels,
     fixed_poses,
     mirror_order,
@@ -30,22 +28,16 @@ from mvdiffusion.data.poses import (
 )
 from mvdiffusion.data.preparation import (
     ClipTransform,
-    Colour,
     prepare_colour,
     prepare_mask,
     prepare_normals,
     read_image,
     vae_pixels,
 )
+from mvdiffusion.views import VIEW_LISTS, Colour, choose_views, colours_of, require_condition_view, require_countable
 
 SUBSCENE_TAGS = (3, 2)
 SUFFIXES = ("png", "webp", "jpg")
-BACKGROUNDS: dict[str, tuple[float, ...]] = {
-    "white": (1.0,),
-    "black": (0.0,),
-    "gray": (0.5,),
-    "three_choices": (1.0, 0.0, 0.5),
-}
 WHITE: Colour = (1.0, 1.0, 1.0)
 IO_THREADS = 16
 SHOWN_PROBLEMS = 5
@@ -311,15 +303,14 @@ class MultiViewDataset:
     ) -> None:
         if not objects:
             raise ValueError("a data set needs at least one object")
-        if condition_view not in views:
-            raise ValueError(f"the condition view {condition_view!r} is not among the views {', '.join(views)}")
+        require_condition_view(condition_view, views)
         if resolution_px < 1:
             raise ValueError(f"data.resolution is {resolution_px}, but must be at least 1")
         require_label_width(label_width)
         self.objects, self.resolution_px = tuple(objects), resolution_px
         self.views, self.condition_view = choose_views(len(views), views, poses), condition_view
         self.poses, self.label_width, self.clip = poses, label_width, clip
-        self.backgrounds = _backgrounds(background)
+        self.backgrounds = colours_of(background)
         self.condition_views = list(range(len(views))) if augment_data else [self.views.index(condition_view)]
         self._fixed_poses = None if poses == "rendered" else fixed_poses(self.views, poses)
         self.flippable = self._find_flippable() if random_flip else set()
@@ -333,11 +324,7 @@ class MultiViewDataset:
 
     def variants(self) -> list[Variant]:
         """All that `variant` can draw. Raises ValueError where they cannot be counted."""
-        if self.backgrounds is None:
-            raise ValueError(
-                "the background is 'random', a continuum of colours, so its variants cannot be listed; "
-                "choose 'three_choices' or one colour"
-            )
+        require_countable(self.backgrounds)
         return [
             Variant(background, view, flipped)
             for view in self.condition_views
@@ -388,7 +375,7 @@ class MultiViewDataset:
             "image_target": colour_u8,
             "normal_target": _to_uint8(normal),
             "image_cond_vae": colour_vae[condition],
-            "image_cond_CLIP": self.clip(_to_picture(colour_u8[condition])),
+            "image_cond_CLIP": self.clip.of_pixels(colour[condition]),
             "image_target_vae": colour_vae,
             "normal_target_vae": 2 * normal - 1,
             **self._labels(poses, condition),
@@ -399,7 +386,7 @@ class MultiViewDataset:
         return self._labels(self.poses_of(index), variant.condition_view)
 
     def held_out(self, objects: Sequence[RenderedObject], background: str | float = "white") -> "MultiViewDataset":
-        """Other objects in the same form, with the fixed condition view and no flips."""
+        """Other objects in the same form, with the fixed condition view, no flips, and CLIP's input as in inference."""
         return MultiViewDataset(
             objects,
             views=self.views,
@@ -408,12 +395,14 @@ class MultiViewDataset:
             background=background,
             condition_view=self.condition_view,
             label_width=self.label_width,
-            clip=self.clip,
+            clip=replace(self.clip, resize="pil"),
         )
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the items of given variants, but for the files' content; the same after the folder has moved."""
         names = [(found.uid, found.suffix, found.has_masks) for found in self.objects]
+        clip = json.loads(json.dumps(asdict(self.clip)))
+        resize = clip.pop("resize")
         return {
             "num_items": len(self),
             "objects_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
@@ -421,7 +410,8 @@ class MultiViewDataset:
             "resolution_px": self.resolution_px,
             "poses": self.poses,
             "label_width": self.label_width,
-            "clip": json.loads(json.dumps(asdict(self.clip))),
+            "clip": clip,
+            **({} if resize == "pil" else {"clip_resize": resize}),  # "pil" was once the only one
         }
 
     def poses_of(self, index: int) -> np.ndarray:
@@ -506,7 +496,7 @@ class RandomViews:
             "image_target": images[colours],
             "normal_target": images[normals],
             "image_cond_vae": pixels[0],
-            "image_cond_CLIP": self.clip(_to_picture(images[0])),
+            "image_cond_CLIP": self.clip.of_pixels(images[0].astype(np.float32) / 255),
             "image_target_vae": pixels[colours],
             "normal_target_vae": pixels[normals],
             **self.camera(index, variant),
@@ -527,18 +517,21 @@ class RandomViews:
         }
 
 
-def _backgrounds(background: str | float) -> list[Colour] | None:
-    """The colours to draw from; None for all there are."""
-    if background == "random":
-        return None
-    if isinstance(background, str):
-        levels = BACKGROUNDS.get(background)
-    else:
-        levels = (float(background),) if isinstance(background, int | float) and 0 <= background <= 1 else None
-    if levels is None:
-        names = ", ".join(map(repr, [*BACKGROUNDS, "random"]))
-        raise ValueError(f"the background is {background!r}, but must be one of {names} or a grey level in [0, 1]")
-    return [(level, level, level) for level in levels]
+class WithoutRawImages:
+    """A data set as training steps read it: the raw images would be a fifth of what goes to the device, for nothing."""
+
+    def __init__(self, dataset: MultiViewDataset | RandomViews) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def files_of(self, index: int) -> list[Path]:
+        return self.dataset.files_of(index)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """`dataset.sample` without its uint8 arrays."""
+        return {name: array for name, array in self.dataset.sample(index, rng).items() if array.dtype != np.uint8}
 
 
 def _choice(rng: np.random.Generator, options: Sequence[Any]) -> Any:

@@ -10,56 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from common.video import MediaError
+from mvdiffusion.views import AZIMUTHS_DEG
 
 FIXED_POSES_DIR = Path(__file__).parent / "fixed_poses" / "nine_views"
-POSES = ("tilted", "upright", "rendered")
-AZIMUTHS_DEG = {
-    "front": 0, "front_right": 45, "right": 90, "back_right": 135,
-    "back": 180, "back_left": 225, "left": 270, "front_left": 315,
-}  # fmt: skip
-FIXED_VIEWS = (*AZIMUTHS_DEG, "top")
-# What `num_views` alone stands for. 4, 5 and 6 are Wonder3D's; the original takes the first V of the six instead.
-VIEW_LISTS = {
-    1: ("front",),
-    2: ("front", "back"),
-    3: ("front", "right", "left"),
-    4: ("front", "right", "back", "left"),
-    5: ("front", "front_right", "right", "back", "left"),
-    6: ("front", "front_right", "right", "back", "left", "front_left"),
-    8: tuple(AZIMUTHS_DEG),
-}
 DOMAIN_CODES = {"normal": (1.0, 0.0), "colour": (0.0, 1.0)}
 CAMERA_CODES = {"ortho": (1.0, 0.0), "perspective": (0.0, 1.0)}
 LABEL_WIDTHS = (6, 10, 14)
 CAMERA_DISTANCE = 2.0  # of the upright cameras; angles and orthographic images do not depend on it
 MIRROR_X = np.diag([-1.0, 1.0, 1.0])
 ROTATION_TOLERANCE = 1e-3
-
-
-def choose_views(num_views: int, views: Sequence[str] | None = None, poses: str = "tilted") -> tuple[str, ...]:
-    """The names of the views in the order of the rows: `views`, or what `VIEW_LISTS` has for `num_views`.
-
-    Raises ValueError for an unknown kind of poses, a number without a list, or a list that has another length, repeats
-    a view, or (unless poses are "rendered") names one that has no fixed pose.
-    """
-    if poses not in POSES:
-        raise ValueError(f"poses is {poses!r}, but must be one of {', '.join(POSES)}")
-    if views is None:
-        if num_views not in VIEW_LISTS:
-            known = ", ".join(map(str, VIEW_LISTS))
-            raise ValueError(f"num_views is {num_views}, which has no list of its own (only {known} have): set views")
-        return VIEW_LISTS[num_views]
-    if len(views) != num_views:
-        raise ValueError(f"views names {len(views)} views ({', '.join(views)}), but num_views is {num_views}")
-    if len(set(views)) < len(views):
-        raise ValueError(f"views names a view twice: {', '.join(views)}")
-    unknown = [view for view in views if view not in FIXED_VIEWS]
-    if unknown and poses != "rendered":
-        raise ValueError(
-            f"{', '.join(map(repr, unknown))} in views has no {poses} pose (there are {', '.join(FIXED_VIEWS)}); "
-            "set poses to 'rendered' to read each object's own"
-        )
-    return tuple(views)
 
 
 def read_pose(path: str | Path) -> np.ndarray:

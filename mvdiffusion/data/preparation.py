@@ -6,14 +6,15 @@ a surface that faces the camera is (127, 127, 255) on disk.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from common.video import MediaError, image_size
-
-Colour = tuple[float, float, float]
+from common.video import MediaError, image_size, to_uint8
+from mvdiffusion.views import Colour
 
 READABLE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1")
 
@@ -62,8 +63,7 @@ def prepare_colour(
 
     Args:
         image: RGBA; with a mask also RGB.
-        mask: (H, W, 1), the alpha of an RGB image. An RGBA image keeps its own alpha within the mask; Wonder3D lets the
-            mask alone decide, and so shows pixels that have no colour.
+        mask: (H, W, 1), the alpha; the image's own counts only without a mask.
     """
     pixels, alpha = _resized(image, size_wh, mask)
     rgb = pixels.astype(np.float32) / 255  # (H, W, 3)
@@ -92,12 +92,11 @@ def _resized(image: Image.Image, size_wh: tuple[int, int], mask: np.ndarray | No
     """uint8 (H, W, 3), and alpha (H, W, 1) in [0, 1]."""
     # Pillow premultiplies by alpha here, so the colours of transparent pixels do not bleed in.
     pixels = np.asarray(image.resize(size_wh, Image.Resampling.BICUBIC))  # (H, W, 3 or 4)
+    if mask is not None:
+        return pixels[..., :3], mask
     if image.mode != "RGBA":
-        if mask is None:
-            raise ValueError("an image without transparency needs a mask")
-        return pixels, mask
-    alpha = pixels[..., 3:] / 255.0  # (H, W, 1)
-    return pixels[..., :3], alpha if mask is None else alpha * mask
+        raise ValueError("an image without transparency needs a mask")
+    return pixels[..., :3], pixels[..., 3:] / 255.0
 
 
 def decode_normals(pixels: np.ndarray) -> np.ndarray:
@@ -127,15 +126,15 @@ def recentre(image: Image.Image, crop_size: int, size_px: int, exclusive_bound: 
     """A cut-out photograph, centred on a transparent square: RGBA of size_px x size_px.
 
     Args:
-        crop_size: the longer side that the object's bounding box gets; -1 keeps the photograph's own frame, padded to
-            a square.
+        crop_size: the longer side that the object's bounding box gets, of which the square cuts off what is too much;
+            -1 keeps the photograph's own frame, padded to a square.
         exclusive_bound: leave the bounding box's last row and column out, as Wonder3D does.
 
     Raises:
-        ValueError: `crop_size` is no size within the square, or nothing of the photograph is opaque.
+        ValueError: `crop_size` is no size, or nothing of the photograph is opaque.
     """
-    if crop_size != -1 and not 1 <= crop_size <= size_px:
-        raise ValueError(f"crop_size is {crop_size}, but must be -1 or in 1..{size_px} (the resolution)")
+    if crop_size != -1 and crop_size < 1:
+        raise ValueError(f"crop_size is {crop_size}, but must be -1 or at least 1")
     image = image.convert("RGBA")
     if crop_size == -1:
         side_px = max(image.size)
@@ -184,6 +183,7 @@ class ClipTransform:
     crop_px: int = 224
     mean: Colour = (0.48145466, 0.4578275, 0.40821073)
     std: Colour = (0.26862954, 0.26130258, 0.27577711)
+    resize: Literal["pil", "tensor", "tensor_antialias"] = "pil"  # of `of_pixels` alone
 
     @classmethod
     def of(cls, processor: Any) -> "ClipTransform":
@@ -203,6 +203,23 @@ class ClipTransform:
         image = image.crop((left, top, left + self.crop_px, top + self.crop_px))
         scaled = (np.asarray(image) / 255.0 - np.asarray(self.mean)) / np.asarray(self.std)  # (H, W, 3)
         return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)  # (3, H, W)
+
+    def of_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """As of a picture with float32 pixels (3, H, W) in [0, 1], resized as `resize` says.
+
+        "tensor" is Wonder3D's bicubic resize of float32 pixels, whose overshoots stay, without antialiasing as its
+        torchvision had it; with "tensor_antialias" it is nearer to Pillow's.
+        """
+        if self.resize == "pil":
+            return self(Image.fromarray(to_uint8(pixels)))
+        resized = F.interpolate(
+            torch.from_numpy(np.ascontiguousarray(pixels))[None],
+            (self.crop_px, self.crop_px),
+            mode="bicubic",
+            antialias=self.resize == "tensor_antialias",
+        )[0]  # (3, crop_px, crop_px)
+        mean, std = (resized.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((resized - mean) / std).numpy()
 
 
 def _shorter_side_to(image: Image.Image, side_px: int, resample: Image.Resampling) -> Image.Image:

@@ -5,15 +5,13 @@ checkpoint holds all of them.
 """
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from common.pretrained import load_part
 
-CLIP_SIZE_PX = 224
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+ENCODED_AT_ONCE_ROWS = 32  # bounds the memory
 
 
 def load_vae(
@@ -62,8 +60,10 @@ def posterior_moments(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tenso
     Args:
         pixels: (R, 3, H, W) in [-1, 1].
     """
-    posterior, scale = vae.encode(pixels.to(vae.dtype)).latent_dist, vae.config.scaling_factor
-    return posterior.mean.float() * scale, torch.exp(posterior.logvar.float() / 2) * scale
+    scale = vae.config.scaling_factor
+    posteriors = [vae.encode(rows.to(vae.dtype)).latent_dist for rows in pixels.split(ENCODED_AT_ONCE_ROWS)]
+    mean, logvar = (torch.cat([getattr(each, name) for each in posteriors]).float() for name in ("mean", "logvar"))
+    return mean * scale, torch.exp(logvar / 2) * scale
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -87,21 +87,3 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 def embed_images(image_encoder: CLIPVisionModelWithProjection, clip_pixels: Tensor) -> Tensor:
     """Projected CLIP embeddings, not normalised: (R, 3, 224, 224) of CLIP's statistics -> (R, D) float32."""
     return image_encoder(clip_pixels.to(image_encoder.dtype)).image_embeds.float()
-
-
-def clip_pixels(images: Tensor, size_px: int = CLIP_SIZE_PX, antialias: bool = False) -> Tensor:
-    """CLIP's input from images on any device: bicubic resize, then CLIP's statistics, in float32.
-
-    Args:
-        images: (R, 3, H, W) in [0, 1].
-        size_px: both sides of the result.
-        antialias: False is what Wonder3D trained with, True is closer to PIL's resize.
-
-    Returns:
-        (R, 3, size_px, size_px) float32; the resize's overshoots are not clamped.
-    """
-    resized = F.interpolate(
-        images.float(), (size_px, size_px), mode="bicubic", align_corners=False, antialias=antialias
-    )  # (R, 3, size_px, size_px)
-    mean, std = (resized.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (resized - mean) / std

@@ -87,7 +87,8 @@ def load_unet(
     Tensors of one name and shape are copied. New may be: joint attention layers (they add nothing at first),
     and from a 2-D UNet (4 input channels) the class embedding and `conv_in`'s further input channels. Left out may be
     joint attention layers that the config turns off. Names of older versions are translated. New weights are drawn from
-    torch's global generator, with the default initialisation of their layers.
+    torch's global generator, with the default initialisation of their layers. Without a word in either config, there
+    are those joint layers that the weights hold.
 
     Args:
         path: a folder that holds `subfolder`, the UNet's folder itself, or a hub id.
@@ -116,7 +117,10 @@ def load_unet(
     if "conv_in.weight" not in state or state["conv_in.weight"].ndim != 4:
         raise ValueError(f"{weights} holds no UNet: it has no conv_in.weight of shape (out, in, kernel, kernel)")
     from_2d = state["conv_in.weight"].shape[1] == LATENT_CHANNELS
-    config = {**(source_config or {}), **(OVER_2D if from_2d else {}), **(unet_config or {}), "num_views": num_views}
+    # Where no config says it, as those of older versions do not, the weights tell which joint layers there are.
+    held = {f"cd_attention_{place}": any(f"_joint_{place}." in key for key in state) for place in ("mid", "last")}
+    given = {**(source_config or {}), **(OVER_2D if from_2d else {}), **(unet_config or {})}
+    config = {**held, **given, "num_views": num_views}
     with torch.device("meta"):
         unet = UNetMV2DConditionModel.from_config(_with_mv_names(supported_config(config)))
     expected = {key: tensor.shape for key, tensor in unet.state_dict().items()}

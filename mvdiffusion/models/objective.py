@@ -234,7 +234,8 @@ def drop_masks(uniform: torch.Tensor, num_views: int, settings: ObjectiveSetting
     if uniform.dtype != torch.float32:
         raise ValueError(f"the draws of condition dropout must be float32; got {uniform.dtype}")
     rate = settings.condition_drop_rate
-    one, two, three = torch.tensor([rate, 2 * rate, 3 * rate], dtype=torch.float64).to(uniform).unbind()
+    # Rounded, but no tensor: one from the host would make it wait for the device.
+    one, two, three = torch.tensor([rate, 2 * rate, 3 * rate], dtype=torch.float32).tolist()
     if settings.drop_type == "row_both":
         latent = embed = uniform < one
     else:

@@ -321,9 +321,15 @@ def _check_topology(config: Any) -> tuple[int, ...]:
         )
     if config.num_views < 1:
         raise ValueError(f"num_views={config.num_views} must be at least 1")
+    if not isinstance(config.transformer_layers_per_block, int):
+        raise ValueError(
+            f"transformer_layers_per_block={config.transformer_layers_per_block!r}: expected one number for all levels"
+        )
     heads = config.attention_head_dim
-    heads = (heads,) * levels if isinstance(heads, int) else tuple(heads)
-    if len(heads) != levels or any(width % n for width, n in zip(config.block_out_channels, heads, strict=True)):
+    heads = tuple(heads) if isinstance(heads, Sequence) else (heads,) * levels
+    if len(heads) != levels or not all(
+        n and width % n == 0 for width, n in zip(config.block_out_channels, heads, strict=True)
+    ):
         raise ValueError(
             f"attention_head_dim={config.attention_head_dim} is the number of heads: one, or one per level; it divides "
             f"the level's width in block_out_channels={list(config.block_out_channels)}"

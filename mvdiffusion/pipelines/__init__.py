@@ -12,6 +12,7 @@ from mvdiffusion.pipelines.mvdiffusion_image import (
     fixed_cameras,
     generator_noise,
     load_pipeline,
+    pipeline_index,
     sample_views,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "fixed_cameras",
     "generator_noise",
     "load_pipeline",
+    "pipeline_index",
     "sample_views",
 ]

@@ -4,7 +4,7 @@ Rows are those of `mvdiffusion.models.layout`: domain first (normals, then colou
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from common.video import to_uint8
-from mvdiffusion.data.poses import choose_views, fixed_poses, label_rows, relative_angles, sin_cos
+from mvdiffusion.data.poses import fixed_poses, label_rows, relative_angles, sin_cos
 from mvdiffusion.data.preparation import ClipTransform
 from mvdiffusion.models import components
 from mvdiffusion.models.initialise import load_unet
 from mvdiffusion.models.layout import DOMAINS, from_rows, repeat_for_rows, to_rows
 from mvdiffusion.models.unet_mv2d import UNetMV2DConditionModel
+from mvdiffusion.views import choose_views
 
 CfgOrder = Literal["domain", "upstream"]
 Noise = Callable[[int], Tensor]
@@ -247,6 +248,7 @@ class MVDiffusionImagePipeline(DiffusionPipeline):
         camera_embedding_type: "e_de_da_sincos", the only one.
         cameras: [name, elevation, azimuth] of each view, see `camera_table`; None is what the released weights need.
         camera_type: "ortho" or "perspective", for networks whose labels say it (of length 14).
+        safety_checker, requires_safety_checker: taken for the sake of old callers; nothing is checked.
 
     Raises:
         ValueError: settings that contradict each other.
@@ -265,6 +267,8 @@ class MVDiffusionImagePipeline(DiffusionPipeline):
         camera_embedding_type: str = CAMERA_EMBEDDING_TYPE,
         cameras: Any = None,
         camera_type: str = "ortho",
+        safety_checker: None = None,
+        requires_safety_checker: bool = False,
     ) -> None:
         super().__init__()
         num_views = num_views or unet.config.num_views
@@ -344,14 +348,18 @@ class MVDiffusionImagePipeline(DiffusionPipeline):
         device = self._execution_device
         clip = ClipTransform.of(self.feature_extractor)
         clip_pixels = torch.from_numpy(np.stack([clip(image) for image in images]))  # (B, 3, 224, 224)
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)  # (B, 3, H, W)
         labels = self.class_labels(len(images), camera_embedding)
         return ViewCondition(
-            components.encode_images(self.vae, pixels.to(device).float() / 127.5 - 1),
+            self.encode_latents(images),
             components.embed_images(self.image_encoder, clip_pixels.to(device)),
             labels["normal"].to(device),
             labels["colour"].to(device),
         )
+
+    def encode_latents(self, images: Sequence[Image.Image]) -> Tensor:
+        """Scaled latents of B RGB images of one size, on the pipeline's device: (B, C, h, w)."""
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        return components.encode_images(self.vae, pixels.to(self._execution_device).float() / 127.5 - 1)
 
     @torch.no_grad()
     def __call__(
@@ -369,6 +377,7 @@ class MVDiffusionImagePipeline(DiffusionPipeline):
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback: Callable[[int, int, Tensor], None] | None = None,
         cfg_order: CfgOrder = "domain",
+        normal_cond: Picture | None = None,
     ) -> MVDiffusionOutput:
         """Views of one or several objects; an object's do not depend on the others.
 
@@ -382,6 +391,7 @@ class MVDiffusionImagePipeline(DiffusionPipeline):
             generator: one per result, or one from which each result's is derived; None is torch's own.
             latents: (2BV, C, h, w) initial noise, in the order of the rows.
             output_type: pil, np (B, V, H, W, 3), pt (B, V, 3, H, W) (both float32 in [0, 1]) or latent.
+            normal_cond: images, one per image, whose latents are the condition's instead; its embedding stays.
 
         Raises:
             ValueError: an argument out of range, images of another size, or results that are not finite.
@@ -391,7 +401,13 @@ class MVDiffusionImagePipeline(DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}, but must be at least 1")
         default = self.unet.config.sample_size * self.vae_scale_factor
-        condition = self.encode(_rgb_images(image, height or default, width or default), camera_embedding)
+        height, width = height or default, width or default
+        condition = self.encode(_rgb_images(image, height, width), camera_embedding)
+        if normal_cond is not None:
+            shown, count = _rgb_images(normal_cond, height, width), len(condition.image_embeds)
+            if len(shown) != count:
+                raise ValueError(f"normal_cond has {len(shown)} images for {count} in image: give one for each")
+            condition = replace(condition, condition_latents=self.encode_latents(shown))
         parts = vars(condition).items()
         condition = ViewCondition(
             **{name: part.repeat_interleave(num_images_per_prompt, dim=0) for name, part in parts}
@@ -509,7 +525,7 @@ def load_pipeline(
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     vae = components.load_vae(path_or_id, **hub)
-    index = _index(path_or_id, hub)
+    index = pipeline_index(path_or_id, hub)
     unet_source, unet_hub = (unet, {"cache_dir": cache_dir}) if unet else (path_or_id, hub)
     return MVDiffusionImagePipeline(
         vae=vae,
@@ -521,8 +537,8 @@ def load_pipeline(
     )
 
 
-def _index(path_or_id: str, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """What model_index.json says; nothing where a folder has none."""
+def pipeline_index(path_or_id: str, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """What model_index.json says; nothing where a folder has none. `hub` are options of a hub id's download."""
     root = Path(path_or_id)
     if root.is_dir() and not (root / MVDiffusionImagePipeline.config_name).is_file():
         return {}
@@ -547,5 +563,11 @@ def _load_trained_unet(
         raise ValueError(
             f"the UNet of {source} is one that training starts from: {len(report.new)} tensors are not in it "
             f"({', '.join(report.new[:3])}, ...). Give the folder of a trained one"
+        )
+    if report.left_out:
+        flags = sorted({f"cd_attention_{key.partition('_joint_')[2].partition('.')[0]}" for key in report.left_out})
+        raise ValueError(
+            f"the UNet of {source} holds {len(report.left_out)} tensors of joint attention ({report.left_out[0]}, ...) "
+            f"that its config.json turns off: set {' and '.join(flags)} to true there"
         )
     return network

@@ -12,7 +12,6 @@ from vectors import Vectors
 from mvdiffusion.data.mvds import MultiViewDataset, Variant, find_objects
 from mvdiffusion.data.poses import (
     FIXED_POSES_DIR,
-    VIEW_LISTS,
     class_labels,
     fixed_poses,
     label_rows,
@@ -33,9 +32,9 @@ from mvdiffusion.data.preparation import (
     unit_normals,
     vae_pixels,
 )
+from mvdiffusion.views import VIEW_LISTS, Colour, colours_of
 
 TRAINER = "mvdiffusion"
-BACKGROUNDS = {"white": (1.0,) * 3, "gray": (0.5,) * 3, "black": (0.0,) * 3}
 
 
 def near(vectors: Vectors, name: str, actual: np.ndarray, atol: float) -> None:
@@ -43,6 +42,12 @@ def near(vectors: Vectors, name: str, actual: np.ndarray, atol: float) -> None:
     expected = vectors[name].numpy()
     assert actual.shape == expected.shape, name
     np.testing.assert_allclose(actual.astype(np.float64), expected, rtol=0, atol=atol, err_msg=name)
+
+
+def colour_of(background: str | float, levels: dict[str, float]) -> Colour:
+    """A header's background: a name whose level the header tells, one of ours, or a level."""
+    (colour,) = colours_of(levels.get(str(background), background)) or ()  # random ones follow no vector
+    return colour
 
 
 def numbers(vectors: Vectors, name: str) -> np.ndarray:
@@ -138,7 +143,6 @@ def test_masks_colours_and_normals(vectors: Vectors, case: str) -> None:
     normals_rgba = Image.fromarray(np.dstack([normals, rgba[..., 3]]))
     rgb = Image.fromarray(np.ascontiguousarray(rgba[..., :3]))
     for background, level in vectors.config["bg"].items():
-        assert BACKGROUNDS[background] == (level,) * 3
         rest = size_wh, (level,) * 3
         actual = {
             "rgba": prepare_colour(Image.fromarray(rgba), *rest),
@@ -158,7 +162,8 @@ def test_recentring(vectors: Vectors, case: str) -> None:
     image = Image.fromarray(numbers(vectors, f"crop{case}.rgba_u8"))
     centred = recentre(image, settings["crop_size"], settings["img_wh"], exclusive_bound=True)
     atol = vectors.header["tolerance"]["crop"]["atol"]
-    near(vectors, f"crop{case}.img", on_background(centred, BACKGROUNDS[vectors.config["crop_bg"]]), atol)
+    background = colour_of(vectors.config["crop_bg"], vectors.config["bg"])
+    near(vectors, f"crop{case}.img", on_background(centred, background), atol)
     near(vectors, f"crop{case}.alpha", np.asarray(centred)[..., 3:] / 255, atol)
 
 
@@ -221,7 +226,7 @@ def test_dataset_item(vectors: Vectors, tmp_path: Path) -> None:
         condition_view=config["cond_view"],
     )
     (variant,) = dataset.variants()
-    assert variant == Variant(BACKGROUNDS[config["bg"]], config["view_order"].index(config["cond_view"]))
+    assert variant == Variant(colour_of(config["bg"], {}), config["view_order"].index(config["cond_view"]))
     item = dataset.item(0, variant)
 
     assert (item["image_cond_vae"] == item["image_target_vae"][variant.condition_view]).all()
@@ -235,6 +240,10 @@ def test_dataset_item(vectors: Vectors, tmp_path: Path) -> None:
     angles = relative_angles(fixed_poses(config["view_order"], "tilted"), variant.condition_view)
     near(vectors, "out.elevations", angles[:, 0], atol)
     near(vectors, "out.azimuths", angles[:, 1], atol)
+    for name, radians in (("elevations", angles[:, 0]), ("azimuths", angles[:, 1])):  # float32 degrees are coarser
+        np.testing.assert_allclose(np.deg2rad(numbers(vectors, f"out.{name}_deg")), radians, rtol=0, atol=atol)
+    for name in ("elevations_cond", "elevations_cond_deg"):
+        near(vectors, f"out.{name}", label_rows(angles, "normal")[:, 0], atol)
     near(vectors, "out.camera_embeddings", label_rows(angles, "normal", width=6), atol)
     for domain, key, name in (("normal", "camera_embed_normal", "normal"), ("colour", "camera_embed_image", "color")):
         codes = numbers(vectors, f"out.{name}_task_embeddings")

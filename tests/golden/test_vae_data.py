@@ -66,9 +66,9 @@ def test_frame_indices(case: Case):
         case.check(f"valid_{i}", torch.from_numpy(valid_frame_indices(num_frames, sample_rate)))
 
 
-def recorded_order(num_items: int, world_size: int, epoch: int) -> Tensor:
+def recorded_order(num_items: int, world_size: int, seed: int) -> Tensor:
     """What the original's ranks visit, (world_size, items per rank): a permutation, wrapped so that all get as many."""
-    order = torch.randperm(num_items, generator=torch.Generator().manual_seed(epoch))
+    order = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))
     per_rank = -(-num_items // world_size)
     repeats = -(-per_rank * world_size // num_items)
     return order.repeat(repeats)[: per_rank * world_size].view(per_rank, world_size).T
@@ -78,7 +78,7 @@ def recorded_order(num_items: int, world_size: int, epoch: int) -> Tensor:
 def test_every_epoch_visits_every_item_once_where_the_original_repeats_some(case: Case):
     for i, settings in enumerate(case.config["cases"]):
         num_items, world_size, epoch = settings["n"], settings["world"], settings["epoch"]
-        original = recorded_order(num_items, world_size, epoch)
+        original = recorded_order(num_items, world_size, settings.get("seed", 0) + epoch)
         for rank, items in enumerate(original):
             case.check(f"{i}_rank{rank}", items[settings.get("resume", 0) :])
             case.check(f"{i}_rank{rank}_after", torch.tensor([0, len(items)]))

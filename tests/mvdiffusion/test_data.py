@@ -5,18 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from spheres import Sphere, write_object
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 from common.data import SampleLoader, SamplePlan
 from common.video import MediaError
-from mvdiffusion.data.mvds import Layout, MultiViewDataset, RandomViews, Variant, find_objects, read_uids
+from mvdiffusion.data.mvds import (
+    Layout,
+    MultiViewDataset,
+    RandomViews,
+    Variant,
+    WithoutRawImages,
+    find_objects,
+    read_uids,
+)
 from mvdiffusion.data.poses import (
-    AZIMUTHS_DEG,
-    FIXED_VIEWS,
-    VIEW_LISTS,
-    choose_views,
     class_labels,
     fixed_poses,
     label_rows,
@@ -29,10 +34,12 @@ from mvdiffusion.data.preparation import (
     on_background,
     prepare_colour,
     prepare_mask,
+    prepare_normals,
     read_image,
     recentre,
     vae_pixels,
 )
+from mvdiffusion.views import AZIMUTHS_DEG, FIXED_VIEWS, VIEW_LISTS, choose_views
 
 SIX = VIEW_LISTS[6]
 UPRIGHT = fixed_poses(SIX, "upright")
@@ -219,14 +226,20 @@ def test_a_mask_is_whatever_the_resampler_touches():
     assert prepare_mask(Image.fromarray(mask), (8, 8))[..., 0].tolist() == mask.tolist()
 
 
-def test_an_image_with_transparency_and_a_mask_shows_what_both_show():
+def test_a_mask_replaces_an_images_own_transparency():
     pixels = np.full((8, 8, 4), 255, np.uint8)
     pixels[..., :3], pixels[:, :2, 3], pixels[:, 2:4, 3] = (200, 100, 0), 0, 51
     mask = np.ones((8, 8, 1), np.float32)
     mask[:, 6:] = 0
-    colour = prepare_colour(Image.fromarray(pixels), (8, 8), (1.0, 1.0, 1.0), mask)
-    expected = [1, 1, 0.2 * 200 / 255 + 0.8, 0.2 * 200 / 255 + 0.8, 200 / 255, 200 / 255, 1, 1]
-    np.testing.assert_allclose(colour[0, :, 0], expected, atol=1e-6)
+    image, rest = Image.fromarray(pixels), ((8, 8), (1.0, 1.0, 1.0))
+    half_seen = 0.2 * 200 / 255 + 0.8
+    for given, expected in (
+        (mask, [200 / 255] * 6 + [1, 1]),
+        (None, [1, 1, half_seen, half_seen] + [200 / 255] * 4),
+    ):
+        np.testing.assert_allclose(prepare_colour(image, *rest, given)[0, :, 0], expected, atol=1e-6)
+    normals = prepare_normals(image, *rest, np.eye(3), mask)
+    np.testing.assert_allclose(normals[0, :, 0], [200 / 255] * 6 + [1, 1], atol=1e-12)
     with pytest.raises(ValueError, match="^an image without transparency needs a mask$"):
         prepare_colour(Image.new("RGB", (8, 8)), (8, 8), (1.0, 1.0, 1.0))
 
@@ -244,6 +257,8 @@ def test_recentring():
     framed = np.asarray(recentre(Image.fromarray(pixels), -1, 30))
     assert (framed[5:25] == pixels).all() and not framed[:5].any()
     assert np.asarray(recentre(Image.new("RGB", (4, 8), "red"), 8, 8))[:, 2:6, 0].all()  # opaque: all is object
+    large = np.asarray(recentre(Image.fromarray(pixels), 20, 16))  # 20 x 10 px, of which the square shows 16
+    assert (large[3:13] == (10, 200, 30, 255)).all() and not large[:3].any() and not large[13:].any()
     dot = np.zeros((4, 4, 4), np.uint8)
     dot[1, 1] = 255
     assert recentre(Image.fromarray(dot), 8, 16, exclusive_bound=True).size == (16, 16)
@@ -253,8 +268,8 @@ def test_what_cannot_be_recentred():
     image = Image.new("RGBA", (4, 4))
     with pytest.raises(ValueError, match="^the photograph is transparent everywhere: there is no object to centre$"):
         recentre(image, 8, 16)
-    for crop_size in (0, 17, -2):
-        message = rf"^crop_size is {crop_size}, but must be -1 or in 1\.\.16 \(the resolution\)$"
+    for crop_size in (0, -2):
+        message = f"^crop_size is {crop_size}, but must be -1 or at least 1$"
         with pytest.raises(ValueError, match=message):
             recentre(image, crop_size, 16)
 
@@ -605,6 +620,31 @@ def test_held_out_objects_are_seen_in_one_way(renders):
     assert held_out.variants() == [Variant((1.0, 1.0, 1.0), 0, False)]
     assert (len(held_out), held_out.views, held_out.resolution_px, held_out.poses) == (1, SIX, 32, "upright")
     assert dataset.held_out(dataset.objects, background=0.5).variants() == [Variant((0.5, 0.5, 0.5))]
+
+
+def test_clip_input_resized_as_a_tensor(renders):
+    plain, tensor = dataset_of(renders), dataset_of(renders, clip=ClipTransform(resize="tensor"))
+    variant = Variant()
+    ours, theirs = (each.item(0, variant) for each in (plain, tensor))
+    pixels = torch.from_numpy(ours["image_cond_vae"]) / 2 + 0.5
+    resized = torch.nn.functional.interpolate(pixels[None], (224, 224), mode="bicubic", align_corners=False)[0]
+    mean, std = (np.array(values)[:, None, None] for values in (ClipTransform.mean, ClipTransform.std))
+    np.testing.assert_allclose(theirs["image_cond_CLIP"], (resized.numpy() - mean) / std, atol=1e-5)
+    assert theirs["image_cond_CLIP"].dtype == np.float32 and theirs["image_cond_CLIP"].shape == (3, 224, 224)
+    difference = np.abs(theirs["image_cond_CLIP"] - ours["image_cond_CLIP"])
+    assert difference.max() > 0.1 and difference.mean() < 0.02  # overshoots at edges
+    assert all((theirs[key] == ours[key]).all() for key in SHAPES if key != "image_cond_CLIP")
+    assert tensor.held_out(tensor.objects).clip == plain.clip
+    assert tensor.fingerprint() == plain.fingerprint() | {"clip_resize": "tensor"}
+
+
+def test_training_reads_no_raw_images(renders):
+    dataset = dataset_of(renders)
+    light = WithoutRawImages(dataset)
+    whole, sample = (each.sample(0, np.random.default_rng(0)) for each in (dataset, light))
+    assert sample.keys() == whole.keys() - set(RAW)
+    assert all((sample[key] == whole[key]).all() for key in sample)
+    assert (len(light), light.files_of(1)) == (len(dataset), dataset.files_of(1))
 
 
 def test_fingerprint_follows_names_and_settings_not_the_place(renders, tmp_path):

@@ -208,6 +208,8 @@ def test_shapes_must_fit() -> None:
         ({"sparse_mv_attention": True, "row_wise_mv_attention": True}, "exclude each other"),
         ({"num_views": 0}, "num_views=0 must be at least 1"),
         ({"attention_head_dim": 3}, "attention_head_dim=3 is the number of heads"),
+        ({"attention_head_dim": None}, "attention_head_dim=None is the number of heads"),
+        ({"transformer_layers_per_block": [1, 2]}, r"transformer_layers_per_block=\[1, 2\]: expected one number"),
         ({"down_block_types": ("DownBlock2D",)}, "expected 2 of"),
         ({"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "expected 2 of"),
         ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "expected 'UNetMidBlockMV2DCrossAttn'"),
@@ -415,9 +417,13 @@ def test_legacy_names_are_translated(tmp_path: Path) -> None:
     for new_name, old_name in old.items():
         state = {key.replace(new_name, old_name): tensor for key, tensor in state.items()}
     save_file(state, file)
-    loaded, report = load_unet(tmp_path, None, num_views=VIEWS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("cd_attention_mid") and config.pop("cd_attention_last")  # younger than these names
+    (tmp_path / "config.json").write_text(json.dumps({**config, "joint_attention_twice": True}))
+    with pytest.warns(UserWarning, match="joint_attention_twice is a legacy key without effect"):
+        loaded, report = load_unet(tmp_path, None, num_views=VIEWS)
     assert len(report.renamed) == sum("joint" in key for key in state)
-    assert report.new == ()
+    assert report.new == report.left_out == ()
     assert torch.equal(loaded(*inputs()).sample, unet(*inputs()).sample)
 
 

@@ -23,6 +23,7 @@ from mvdiffusion.models.objective import (
     snr_weights,
 )
 from mvdiffusion.models.unet_mv2d import UNetMV2DConditionModel
+from mvdiffusion.task import draw
 
 NUM_OBJECTS, NUM_VIEWS, LATENT_SHAPE = 3, 2, (4, 4, 4)
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -64,10 +65,9 @@ def of_objects(data: Any, objects: list[int]) -> Any:
     return replace(data, **{name: value[objects] for name, value in vars(data).items() if value is not None})
 
 
-@cache
-def tiny_unet(stage: str) -> UNetMV2DConditionModel:
-    """Random weights everywhere; joint attention where there are two domains to join."""
-    network = UNetMV2DConditionModel(
+def new_unet(stage: str, **config: Any) -> UNetMV2DConditionModel:
+    """A small network; joint attention where there are two domains to join."""
+    defaults = dict(
         sample_size=4,
         down_block_types=("CrossAttnDownBlockMV2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlockMV2D"),
@@ -79,7 +79,13 @@ def tiny_unet(stage: str) -> UNetMV2DConditionModel:
         num_views=NUM_VIEWS,
         cd_attention_mid=stage == "joint",
     )
-    generator = torch.Generator().manual_seed(2)
+    return UNetMV2DConditionModel(**defaults | config)
+
+
+@cache
+def tiny_unet(stage: str) -> UNetMV2DConditionModel:
+    """Random weights everywhere."""
+    network, generator = new_unet(stage), torch.Generator().manual_seed(2)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return network
@@ -363,6 +369,22 @@ def test_gradient_reaches_the_weights(settings: ObjectiveSettings) -> None:
     mv_loss(unet, inputs_of(), draws_of(settings), ALPHAS_CUMPROD, settings).loss.backward()
     assert unet.conv_in.weight.grad.abs().sum() > 0
     unet.zero_grad()
+
+
+def test_one_object_is_learned_by_heart() -> None:
+    settings, inputs = ObjectiveSettings(condition_drop_rate=0), of_objects(inputs_of(1), [0] * 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = new_unet("joint", block_out_channels=(16, 32))
+    optimizer, losses = torch.optim.AdamW(unet.parameters(), 1e-2), []
+    for step in range(200):
+        draws = draw(0, range(4 * step, 4 * step + 4), settings, NUM_VIEWS, LATENT_SHAPE, 1000)
+        result = mv_loss(unet, inputs, draws, ALPHAS_CUMPROD, settings)
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(result.loss.item())
+    assert losses[0] > 0.9 and sum(losses[-50:]) / 50 < 0.1  # to answer 0 would cost 1
 
 
 # Errors.

@@ -123,6 +123,22 @@ def test_images_may_be_tensors_or_transparent(pipeline):
     assert torch.equal(pipeline(image, latents=latents, **FEW).images, white)
 
 
+def test_another_image_may_give_the_condition_latents(pipeline):
+    latents = torch.randn(4 * VIEWS, 4, LATENT_PX, LATENT_PX)
+    images, others = [photo(0), photo(1)], [photo(2), photo(3)]
+    seen = []
+    hook = pipeline.unet.register_forward_pre_hook(
+        lambda _, inputs, options: seen.append((inputs[0][:, 4:], options["encoder_hidden_states"])), with_kwargs=True
+    )
+    options = {"latents": latents, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    for condition in (dict(image=images), dict(image=others), dict(image=images, normal_cond=others)):
+        pipeline(**condition, **options)
+    hook.remove()
+    own, other, mixed = seen
+    assert torch.equal(mixed[0], other[0]) and torch.equal(mixed[1], own[1])
+    assert not torch.equal(other[0], own[0]) and not torch.equal(other[1], own[1])
+
+
 def test_half_precision(pipeline, checkpoint):
     half = build(checkpoint).to(torch.bfloat16)
     full = pipeline(photo(0), generator=seeded(0), **FEW).images
@@ -257,7 +273,13 @@ def test_released_pipelines_load(checkpoint, tmp_path):
     index["unet"] = ["mvdiffusion.models.unet_mv2d_condition", "UNetMV2DConditionModel"]
     index |= {"safety_checker": [None, None], "requires_safety_checker": True}
     (folder / "model_index.json").write_text(json.dumps(index))
-    for loaded in (MVDiffusionImagePipeline.from_pretrained(folder), load_pipeline(str(folder))):
+    unchecked = {"safety_checker": None, "requires_safety_checker": False}
+    for loaded in (
+        MVDiffusionImagePipeline.from_pretrained(folder),
+        MVDiffusionImagePipeline.from_pretrained(folder, **unchecked),
+        MVDiffusionImagePipeline(**pipeline.components, **unchecked),
+        load_pipeline(str(folder)),
+    ):
         assert loaded.views == ["front", "front_right", "right", "back", "left", "front_left"]
         assert loaded.config.cameras == released_cameras(loaded.views)
         weights = loaded.unet.state_dict()
@@ -276,6 +298,11 @@ def test_weights_that_are_not_there_or_not_trained(pipeline, checkpoint, tmp_pat
     with pytest.raises(ValueError, match="is one that training starts from: .* tensors are not in it"):
         load_pipeline(str(checkpoint))
     pipeline.save_pretrained(tmp_path / "export")
+    file = tmp_path / "export" / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "cd_attention_mid": False}))
+    with pytest.raises(ValueError, match="turns off: set cd_attention_mid to true there"):
+        load_pipeline(str(tmp_path / "export"))
     shutil.rmtree(tmp_path / "export" / "vae")
     with pytest.raises(
         FileNotFoundError, match="the VAE is looked for in .*/vae, but .*/export has no vae; it has feat"
@@ -299,6 +326,9 @@ def test_parts(checkpoint):
     torch.testing.assert_close(components.encode_images(vae, pixels), posterior.mode() * scale)
     sampled = (posterior.mean + posterior.std * noise) * scale
     torch.testing.assert_close(components.encode_images(vae, pixels, noise), sampled)
+    many = pixels.repeat(components.ENCODED_AT_ONCE_ROWS, 1, 1, 1)  # encoded in parts
+    for ours, row in zip(components.posterior_moments(vae, many), (posterior.mean, posterior.std), strict=True):
+        torch.testing.assert_close(ours, (row * scale).repeat(components.ENCODED_AT_ONCE_ROWS, 1, 1, 1))
     decoded = components.decode_latents(vae, sampled)
     torch.testing.assert_close(decoded, (vae.decode(sampled / scale).sample / 2 + 0.5).clamp(0, 1))
     assert not any(parameter.requires_grad for parameter in vae.parameters()) and not vae.training
@@ -317,6 +347,7 @@ def test_calls_that_cannot_be(pipeline):
         r"image is a tensor \(3, 64, 64\), but must be \(B, 3, H, W\)": {"image": torch.zeros(3, 64, 64)},
         "there are 2 generators for 1 results: give one, or 1": {"generator": seeded(0, 1)},
         "latents has 3 rows, but 1 results of 2 views need twice as many as 2": {"latents": noise},
+        "normal_cond has 2 images for 1 in image: give one for each": {"normal_cond": [photo(0), photo(1)]},
         r"camera_embedding is \(3, 5\), but must have 2 V = 4 rows": {"camera_embedding": torch.zeros(3, 5)},
         "cfg_order is 'both', but must be domain or upstream": {"cfg_order": "both"},
         r"eta is 1.5, but must be in \[0, 1\]": {"eta": 1.5},

@@ -16,7 +16,8 @@ from PIL import Image
 from common.doctor import Item, Result, scan
 from common.video import write_video
 from mvdiffusion.data.mvds import find_objects
-from mvdiffusion.data.poses import VIEW_LISTS, fixed_poses
+from mvdiffusion.data.poses import fixed_poses
+from mvdiffusion.views import VIEW_LISTS
 from training_ggi.data import read_scenes
 from vae.data import list_videos
 

@@ -19,6 +19,7 @@ from vae.data import (
     center_crop_resize,
     eval_transform,
     list_videos,
+    read_in_threads,
     resize_and_crop,
     to_uint8_frames,
     train_begin_range,
@@ -415,3 +416,21 @@ def test_one_bad_clip_is_replaced_by_the_loader(folder, tmp_path):
     (batch,) = loader.batches(0, 1)
     assert batch["video"].shape == (3, 3, 5, 16, 16) and len(loader.bad_items) == 1
     assert f"{tmp_path}/zero.mp4: the file is empty (0 bytes)" in (tmp_path / "bad.jsonl").read_text()
+
+
+def test_reading_ahead_in_threads_keeps_the_order_and_names_what_failed():
+    started = []
+
+    def read(index: int) -> int:
+        started.append(index)
+        if index == 2:
+            raise MediaError("b.mp4", "is broken")
+        return 10 * index
+
+    reading = read_in_threads(read, range(100), 3)
+    assert [next(reading) for _ in range(4)] == [(0, 0, ""), (1, 10, ""), (2, None, "b.mp4: is broken"), (3, 30, "")]
+    reading.close()
+    assert len(started) <= 4 + 3
+    assert list(read_in_threads(read, [5], 0)) == [(5, 50, "")]
+    with pytest.raises(ZeroDivisionError):  # a mistake of the program is no unreadable clip
+        list(read_in_threads(lambda index: 1 // index, [0], 2))

@@ -1,6 +1,7 @@
 """The losses against their plain form: values, gradients, what is left alone, what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae.models import objective
 from vae.models.discriminator import NLayerDiscriminator, NLayerDiscriminator3D, RealAndFake
 from vae.models.objective import (
     ObjectiveSettings,
@@ -145,10 +147,35 @@ def test_names_of_metrics_follow_from_the_settings() -> None:
     x_hat = t.vae(t.x).sample
     assert float(metrics["rec_per_pixel"]) == pytest.approx(float((t.x - x_hat.detach()).abs().mean()), rel=1e-12)
     assert not any(value.requires_grad for value in metrics.values())
-    settings = ObjectiveSettings(0, perceptual_weight=0, wavelet_weight=0)
+    settings = ObjectiveSettings(0, perceptual_weight=0)
     _, metrics = generator_loss(t.x, t.vae(t.x), t.vae.last.weight, t.discriminator, None, settings, 0)
     assert metrics.keys() == terms | {"rec_per_pixel"}
-    assert metrics["wl_loss"] == 0
+
+
+def test_the_wavelet_term_is_told_at_weight_0_and_is_0_without_coefficients() -> None:
+    t = toys()
+    weighted, unweighted = (our_loss(t, replace(SETTINGS, wavelet_weight=weight)) for weight in (0.5, 0.0))
+    wl = weighted[1]["wl_loss"]
+    assert wl == unweighted[1]["wl_loss"] > 0
+    torch.testing.assert_close(weighted[0] - unweighted[0], 0.5 * wl)
+    output = t.vae(t.x)._replace(coefficients=())
+    loss, metrics = generator_loss(t.x, output, t.vae.last.weight, t.discriminator, t.perceptual, SETTINGS, 0)
+    assert metrics["wl_loss"] == 0 and loss == unweighted[0]
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_frames_pass_the_perceptual_loss_in_groups(num_frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    t, seen = toys(), []
+    whole, expected = our_loss(t, SETTINGS)
+    gradients = torch.autograd.grad(whole, list(t.vae.parameters()))
+    monkeypatch.setattr(objective, "PERCEPTUAL_PIXELS", num_frames * H * W)
+    t.perceptual.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    loss, metrics = our_loss(t, SETTINGS)
+    assert max(seen) == num_frames and sum(seen) == B * T
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(metrics, expected, rtol=1e-12, atol=1e-15)
+    found = torch.autograd.grad(loss, list(t.vae.parameters()))
+    torch.testing.assert_close(found, gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_float32_under_autocast() -> None:

@@ -4,16 +4,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import running
 import torch
 from running import assert_same_checkpoint, metrics
 from safetensors.torch import load_file
+from torch import Tensor
 
 from vae import upstream
 from vae.config import PARSER
-from vae.models.load import load_model
+from vae.models.load import build_model, load_model
+from vae.models.wfvae import Encoder
+from vae.task import VaeTask
 
 VAE = Path(__file__).parents[2] / "vae"
 KEYS = Path(__file__).parents[3] / "shared" / "specs" / "keys" / "loss_lpips_with_discriminator3d.json"
@@ -55,6 +59,7 @@ def test_the_documented_script(
     words += [
         f"--ckpt_dir {tmp_path} --max_steps 4 --save_ckpt_step 2 --mix_precision fp32 --vgg_weights {vgg_weights}"
     ]
+    words += ["--eval_batch_size 1"]  # so that the two clips of the trackers are on two processes
     script = ["bash", "examples/train_ddp.sh", *" ".join(words).split()]
     printed = running.launch(*script, folder=VAE, environment={"NUM_PROCESSES": str(processes)})
     assert "no LPIPS in validation" in printed and f"global batch {processes} = " in printed
@@ -157,6 +162,22 @@ def test_an_original_checkpoint_is_written_and_resumed_from(
           "--ignore_mismatched_sizes")  # fmt: skip
 
 
+def test_a_ckpt_of_a_wrapped_network_becomes_a_folder(tiny_json: Path, tmp_path: Path) -> None:
+    model = build_model("WFVAE", json.loads(tiny_json.read_text()))
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    average = {f"module.{name}": value + 1 for name, value in model.named_parameters() if value.requires_grad}
+    (tmp_path / "in").mkdir()
+    for name, ema in (("checkpoint-9", {}), ("checkpoint-10", average)):
+        torch.save({"state_dict": {"gen_model": state}, "ema_state_dict": ema}, tmp_path / "in" / f"{name}.ckpt")
+    named = ["--model_name", "WFVAE", "--model_config", str(tiny_json)]
+    upstream.main([str(tmp_path / "in" / "checkpoint-9.ckpt"), str(tmp_path / "raw"), *named])
+    upstream.main([str(tmp_path / "in"), str(tmp_path / "averaged"), *named])  # of several files the last one
+    raw, averaged = (load_model(tmp_path / name).state_dict() for name in ("raw", "averaged"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(raw[name], value)
+        assert torch.equal(averaged[name], value + 1 if f"module.{name}" in average else value)
+
+
 def test_a_new_stage_refreshes_what_it_is_told_to(flags: list[str], tmp_path: Path) -> None:
     flags += ["--save_ckpt_step", "3"]
     train(*flags, "--output_dir", tmp_path / "one", "--max_steps", "3")
@@ -186,13 +207,42 @@ def test_a_frozen_encoder_stays_with_two_processes(flags: list[str], tmp_path: P
     assert changed == {"decoder"}
 
 
-def test_chunks_change_nothing(flags: list[str], tmp_path: Path) -> None:
-    flags += ["--max_steps", "3"]
+def test_a_frozen_encoder_is_in_eval_mode(
+    flags: list[str], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes, forward = [], VaeTask.training_step
+
+    def noting(task: VaeTask, *arguments: Any) -> Any:
+        output = forward(task, *arguments)
+        modes.append((task.bare_vae.encoder.mid.training, task.bare_vae.decoder.mid.training))
+        return output
+
+    monkeypatch.setattr(VaeTask, "training_step", noting)
+    flags += f"--freeze_encoder --max_steps 3 --eval_steps 1 --eval_video_path {videos} {EVALUATED}".split()
+    train(*flags, "--output_dir", tmp_path / "run")
+    assert modes == [(False, True)] * 3
+
+
+def test_validation_alone_passes_in_chunks(
+    flags: list[str], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks, encode = [], Encoder.forward
+
+    def noting(encoder: Encoder, x: Tensor, stream: Any = None) -> Any:
+        chunks.append((torch.is_grad_enabled(), x.shape[2]))
+        return encode(encoder, x, stream)
+
+    monkeypatch.setattr(Encoder, "forward", noting)
+    flags += f"--max_steps 3 --eval_video_path {videos} {EVALUATED} --eval_num_frames 17".split()
     train(*flags, "--output_dir", tmp_path / "whole")
+    assert set(chunks) == {(True, 9), (False, 9), (False, 17)}  # of the autoencoder's turn, its adversary's, validation
+    chunks.clear()
     train(*flags, "--output_dir", tmp_path / "chunks", "--enable_tiling")
+    assert set(chunks) == {(True, 9), (False, 9), (False, 8)}
     for ours, expected in zip(metrics(tmp_path / "chunks"), metrics(tmp_path / "whole"), strict=True):
+        exact = ours["kind"] != "validation"
         for key in expected.keys() - {"kind"}:
-            assert ours[key] == pytest.approx(expected[key], rel=1e-3), key
+            assert ours[key] == (expected[key] if exact else pytest.approx(expected[key], rel=1e-3)), key
 
 
 def test_the_loss_counts_its_terms(flags: list[str], tmp_path: Path) -> None:
@@ -221,8 +271,9 @@ def test_broken_files_are_replaced_and_named(flags: list[str], videos: Path, tmp
 @pytest.mark.parametrize(
     ("words", "texts"),
     [
-        (["--num_frames", "10"], ["--num_frames 10", "use 9 or 13"]),
+        (["--num_frames", "10", "--video_path", "nowhere"], ["--num_frames 10", "use 9 or 13"]),  # before data
         (["--resolution", "36"], ["--resolution 36", "use 32 or 40"]),
+        (["--eval_video_path", "nowhere", "--eval_num_frames", "10"], ["--eval_num_frames 10", "use 9 or 13"]),
         (["--video_path", "nowhere"], ["--video_path nowhere is not a folder"]),
         (["--model_config", "nowhere.json"], ["--model_config", "nowhere.json"]),
         (["--perceptual_weight", "1"], ["--vgg_weights names a file", "--perceptual_weight 0"]),
@@ -259,6 +310,7 @@ def test_bad_input_is_refused_at_start(
         (b"[1]", "bad.json must hold a mapping in braces, it holds a list"),
         (b'{"base_channels": -4}', "base_channels is -4, but must not be negative"),
         (b'{"base_chanels": 4}', "did you mean 'base_channels'?"),
+        (b'{"norm_type": "groupnorm"}', "a clip in chunks would give another result: leave tiling disabled"),
     ],
 )
 def test_a_bad_json_is_refused(
@@ -266,7 +318,8 @@ def test_a_bad_json_is_refused(
 ) -> None:
     (tmp_path / "bad.json").write_bytes(content)
     with pytest.raises(SystemExit):
-        train(*flags, "--model_config", tmp_path / "bad.json", "--output_dir", tmp_path / "run")
+        train(*flags, "--model_config", tmp_path / "bad.json", "--output_dir", tmp_path / "run",
+              "--eval_video_path", "nowhere", "--enable_tiling")  # fmt: skip
     assert text in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -310,6 +363,31 @@ def test_what_a_checkpoint_does_not_fit_is_said(
     assert "autoencoder, its average, discriminator, the discriminator's optimizer; not from there: its optimizer" in (
         capsys.readouterr().err
     )
+
+
+def test_a_pretrained_folder_brings_its_own_network(
+    flags: list[str], tiny_json: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wide = json.loads(tiny_json.read_text()) | {"latent_dim": 6}
+    build_model("WFVAE", wide).save_pretrained(tmp_path / "wide")
+    flags += ["--pretrained_model_name_or_path", str(tmp_path / "wide"), "--max_steps", "1"]
+    text = f"--model_config {tiny_json} is not used: the network is that of {tmp_path / 'wide' / 'config.json'}"
+    for name, words, is_said, latent_dim in (
+        ("own", [], True, 6),
+        ("same", ["--model_config", tmp_path / "wide" / "config.json"], False, 6),
+        ("fitting", ["--ignore_mismatched_sizes"], False, 4),
+    ):
+        train(*flags, *words, "--output_dir", tmp_path / name)
+        printed = capsys.readouterr().err
+        assert printed.count(text) == printed.count("is not used") == is_said
+        assert load_model(tmp_path / name / "export").latent_channels == latent_dim
+        assert ("tensors start at random" in printed) == (name == "fitting")
+    (tmp_path / "bare").mkdir()
+    torch.save({"state_dict": {"gen_model": load_model(tmp_path / "wide").state_dict()}}, tmp_path / "bare" / "a.ckpt")
+    (tmp_path / "wide" / "config.json").rename(tmp_path / "wide.json")
+    words = ["--pretrained_model_name_or_path", tmp_path / "bare", "--model_config", tmp_path / "wide.json"]
+    train(*flags, *words, "--output_dir", tmp_path / "ckpt")  # the original writes no config.json beside its files
+    assert load_model(tmp_path / "ckpt" / "export").latent_channels == 6
 
 
 def test_settings_without_effect_are_named() -> None:

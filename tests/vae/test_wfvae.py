@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.pretrained import PretrainedModel
-from vae.models import layers, resample, winograd
+from vae.models import fused, layers, resample, winograd
 from vae.models.layers import AttnBlock2D, CausalConv3d, ResnetBlock2D, ResnetBlock3D, norm_silu_conv, normalize
 from vae.models.load import build_model, load_model
 from vae.models.posterior import DiagonalGaussian
+from vae.models.resample import Downsample
 from vae.models.wavelets import HaarWaveletTransform2D, HaarWaveletTransform3D, InverseHaarWaveletTransform3D
 from vae.models.wfvae import WFVAE, WFVAEConfig
 
@@ -319,19 +321,43 @@ def test_frozen_parts_get_no_gradients() -> None:
     assert block.conv1.conv.weight.grad is None and x.grad is not None and block.norm1.norm.weight.grad is not None
 
 
-def test_what_backward_keeps() -> None:
-    """Two activations per residual block: its input and what is between its convolutions."""
-    block = ResnetBlock3D(8, 8, norm_type="layernorm")
-    x = torch.randn(1, 8, 16, 16, 16, requires_grad=True)
-    large = []
+@pytest.mark.parametrize(
+    ("cls", "shape"),
+    [
+        (ResnetBlock3D, (1, 8, 16, 16, 16)),
+        (ResnetBlock3D, (2, 8, 1, 32, 32)),
+        (ResnetBlock2D, (1, 8, 16, 16, 16)),
+        (ResnetBlock2D, (2, 8, 1, 32, 32)),
+        (ResnetBlock2D, (4, 8, 32, 32)),
+        (Downsample, (1, 8, 16, 16, 16)),
+        (Downsample, (4, 8, 32, 32)),
+    ],
+)
+def test_what_backward_keeps(cls: type[nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the input what is between a residual block's convolutions, nothing else; no gradient changes by it."""
+    torch.manual_seed(0)
+    layer = cls(8, 8, **({} if cls is Downsample else {"norm_type": "layernorm"}))
+    x = layers.channels_last(torch.randn(shape)).requires_grad_()
+    inputs, kept = [x, *layer.parameters()], []
 
-    def count(saved: Tensor) -> Tensor:
-        large.append((saved.data_ptr(), saved.numel())) if saved.numel() >= x.numel() else None
-        return saved
+    def keeping(pack: Callable = lambda saved: saved, unpack: Callable = lambda packed: packed) -> Any:
+        def count(saved: Tensor) -> Any:
+            packed = pack(saved)
+            if isinstance(packed, Tensor) and packed.numel() >= x.numel() and packed.data_ptr() != x.data_ptr():
+                kept.append(packed.data_ptr())
+            return packed
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
-        block(x)
-    assert len(set(large)) == 2
+        return torch.autograd.graph.saved_tensors_hooks(count, unpack)
+
+    monkeypatch.setattr(fused, "saved_tensors_hooks", keeping)
+    with keeping():
+        out = layer(x)
+    gradients = torch.autograd.grad(out.square().sum(), inputs)
+    assert len(set(kept)) == (cls is not Downsample)
+    for module in (layers, resample):
+        monkeypatch.setattr(module, "remaking", lambda *_: nullcontext())
+    expected = torch.autograd.grad(layer(x).square().sum(), inputs)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,7 +18,12 @@ from torch.autograd.graph import saved_tensors_hooks
 PIECE_ELEMENTS = {"cpu": 1 << 18}
 PIECE_ELEMENTS_ELSEWHERE = 1 << 26  # of a GPU: few launches, little scratch memory
 
-_REMAKE = object()
+
+class _View(NamedTuple):
+    """How a saved tensor looks at the memory of one that is made again."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -35,22 +40,26 @@ def channels_innermost(x: Tensor) -> Tensor:
 def remaking(prepared: Tensor, prepare: Callable[..., Tensor], *inputs: Any) -> AbstractContextManager[Any]:
     """Within this context, operations that save `prepared` for backward do not: it is made again from `inputs`.
 
+    That holds for views of all of it too, such as its frames side by side (B*T, C, H, W).
+
     Args:
         prepared: `prepare(*inputs)`, cheap beside the convolution that follows.
     """
     if not (torch.is_grad_enabled() and prepared.requires_grad):
         return nullcontext()
     kept = [each.detach() if isinstance(each, Tensor) else each for each in inputs]
-    same = (prepared.data_ptr(), prepared.shape, prepared.dtype)
+    same = (prepared.data_ptr(), prepared.numel(), prepared.dtype)
 
     def pack(saved: Tensor) -> Any:
-        return _REMAKE if (saved.data_ptr(), saved.shape, saved.dtype) == same else saved
+        is_same = (saved.data_ptr(), saved.numel(), saved.dtype) == same
+        return _View(saved.shape, saved.stride()) if is_same else saved
 
     def unpack(packed: Any) -> Tensor:
-        if packed is not _REMAKE:
+        if not isinstance(packed, _View):
             return packed
         with torch.no_grad():
-            return prepare(*kept)
+            remade = prepare(*kept)
+            return remade.as_strided(packed.shape, packed.stride, remade.storage_offset())
 
     return saved_tensors_hooks(pack, unpack)
 

@@ -19,6 +19,7 @@ from vae.models.posterior import DiagonalGaussian
 NORM_EPS, MAX_RATIO = 1e-6, 1e6  # of the adaptive weight
 # Where half precision is used, gradients with this sum of magnitudes neither vanish nor overflow in the last layers.
 PARTIAL_BACKWARD_LOG2_SUM = 10
+PERCEPTUAL_PIXELS = 1 << 21  # of the frames whose features are held at once: 32 frames of 256 x 256 px
 
 Discriminator = Callable[[Tensor], Tensor]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -32,8 +33,7 @@ class ObjectiveSettings:
     Attributes:
         disc_start: first step with the adversarial term.
         disc_weight: factor of the adaptive weight.
-        kl_weight, perceptual_weight, wavelet_weight: of these terms; nothing is computed for the last two at
-            weight 0.
+        kl_weight, perceptual_weight, wavelet_weight: of these terms; the perceptual loss is not run at weight 0.
         loss_type: pixel loss, |x - x_hat| or its square.
         logvar: of the likelihood: the reconstruction term is divided by exp(logvar).
         disc_loss: of the discriminator; "vanilla" is softplus.
@@ -131,9 +131,7 @@ def generator_loss(
     with torch.autocast(x.device.type, enabled=False):
         x_hat = _precise(output.sample)
         leaf = x_hat.detach().requires_grad_()
-        nll, metrics = _nll(x.to(leaf.dtype), leaf, perceptual, settings)
-        (nll_grad,) = torch.autograd.grad(nll, leaf)
-        nll = nll.detach()
+        nll, nll_grad, metrics = _nll(x.to(leaf.dtype), leaf, perceptual, settings)
 
         factor = settings.disc_factor_at(step)
         value, gradient, g, d_weight = nll, nll_grad, torch.zeros_like(nll), torch.zeros_like(nll)
@@ -145,7 +143,7 @@ def generator_loss(
                 value, gradient = nll + d_weight * factor * g, nll_grad + d_weight * factor * g_grad
 
         kl = DiagonalGaussian(_precise(output.moments)).kl().sum() / batch_size
-        wl = _wavelet_loss(output.coefficients if settings.wavelet_weight else (), nll) / batch_size
+        wl = _wavelet_loss(output.coefficients, nll) / batch_size
         total = _WithGradient.apply(x_hat, value, gradient)
         total = total + settings.kl_weight * kl + settings.wavelet_weight * wl
     metrics |= {
@@ -208,19 +206,39 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _nll(
+    x: Tensor, leaf: Tensor, perceptual: Perceptual | None, settings: ObjectiveSettings
+) -> tuple[Tensor, Tensor, Metrics]:
+    """Negative log likelihood of x: sum over a frame's pixels, mean over frames; its gradient at the leaf x_hat.
+
+    Also what is reported per pixel. Frames are taken `PERCEPTUAL_PIXELS` at a time: each is a term of its own.
+    """
+    frames, frames_hat = (clip.transpose(1, 2).flatten(0, 1) for clip in (x, leaf))  # (B T, 3, H, W)
+    num_frames, *_, height, width = frames.shape
+    group = max(1, PERCEPTUAL_PIXELS // (height * width))
+    sums: Metrics = {}
+    for start in range(0, num_frames, group):
+        some, some_hat = (each[start : start + group] for each in (frames, frames_hat))  # (<= group, 3, H, W)
+        terms = _nll_of_frames(some, some_hat, perceptual, settings)
+        (gradient,) = torch.autograd.grad(terms["nll"] / num_frames, leaf)
+        for name, term in {**terms, "gradient": gradient}.items():
+            sums[name] = sums[name] + term.detach() if start else term.detach()
+    nll, gradient, error = sums.pop("nll"), sums.pop("gradient"), sums.pop("error")
+    metrics = {"rec_per_pixel": error / x.numel()} | {name: value / num_frames for name, value in sums.items()}
+    return nll / num_frames, gradient, metrics
+
+
+def _nll_of_frames(
     x: Tensor, x_hat: Tensor, perceptual: Perceptual | None, settings: ObjectiveSettings
-) -> tuple[Tensor, Metrics]:
-    """Negative log likelihood of x: sum over a frame's pixels, mean over frames; and what is reported per pixel."""
-    x, x_hat = (clip.transpose(1, 2).flatten(0, 1) for clip in (x, x_hat))  # (B T, 3, H, W)
+) -> dict[str, Tensor]:
+    """Sums over (N, 3, H, W): "nll", of the absolute "error" and, with a perceptual loss, of "lpips"."""
     error = (x - x_hat).abs()
-    metrics = {"rec_per_pixel": error.detach().mean()}
+    sums = {"error": error.sum()}
     error = error if settings.loss_type == "l1" else error.square()
     if settings.perceptual_weight > 0 and perceptual is not None:
-        distance = perceptual(x, x_hat)  # (B T, 1, 1, 1)
-        metrics["lpips"] = distance.detach().mean()
+        distance = perceptual(x, x_hat)  # (N, 1, 1, 1)
+        sums["lpips"] = distance.sum()
         error = error + settings.perceptual_weight * distance  # the original counts it once per pixel and channel
-    nll = error / math.exp(settings.logvar) + settings.logvar
-    return nll.sum() / len(x), metrics
+    return sums | {"nll": (error / math.exp(settings.logvar) + settings.logvar).sum()}
 
 
 def _wavelet_loss(coefficients: tuple[Tensor, ...], like: Tensor) -> Tensor:

@@ -328,7 +328,7 @@ class WFVAE(Autoencoder):
             yield self.decoder(chunk, stream)[0]
 
     def enable_tiling(self, chunk_frames: int | None = None, chunk_latents: int | None = None) -> None:
-        """Encode and decode in chunks of time: less memory, the same result.
+        """Encode and decode in chunks of time: the same result, in less memory where no gradients are recorded.
 
         Args:
             chunk_frames: frames that are encoded at once (and frame 0 with the first); default: two latents' worth.
