@@ -6,6 +6,7 @@ which item a sample is or what is drawn for it: resume needs no loader state, an
 """
 
 import atexit
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -17,12 +18,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+Draws = TypeVar("Draws", bound=Any)
 
 MAX_REPLACEMENTS = 20  # draws of another item for one unreadable one, before giving up
 MAX_LOADER_FAILURES = 3
@@ -37,6 +40,20 @@ def rng_for(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
     """An independent generator for every (seed, purpose, numbers), the same on every process and machine."""
     key = (zlib.crc32(purpose.encode()), *(int(n) for n in numbers))
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy=seed, spawn_key=key)))
+
+
+def on_device(draws: Draws, device: torch.device) -> Draws:
+    """A dataclass whose tensors, drawn on the CPU, are on `device`; other values stay.
+
+    They are copied out of pinned memory, so that the host need not wait for what a GPU still has to do.
+    """
+
+    def sent(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+    return dataclasses.replace(draws, **{name: sent(value) for name, value in vars(draws).items()})
 
 
 def draw_normal(seed: int, purpose: str, sample_numbers: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -346,7 +347,7 @@ def load_part(
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is a part of another kind.
+        ValueError: it is a part of another kind, or its weights are damaged.
     """
     root = Path(path_or_id)
     folder = root / (subfolder or "")
@@ -359,6 +360,7 @@ def load_part(
     if not root.is_dir() and is_local(path_or_id):
         raise FileNotFoundError(f"the folder {path_or_id}, where the {what} is looked for, does not exist")
     hub = {} if root.is_dir() else {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder or ""}
+    where = folder if root.is_dir() else path_or_id
     try:
         return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
     except (TypeError, ValueError) as error:  # settings of another network
@@ -366,10 +368,15 @@ def load_part(
         raise ValueError(
             f"{path_or_id} holds no {what} of the kind needed ({reason}): name another checkpoint"
         ) from error
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"the weights of the {what} in {where} are damaged, or of another network ({first_line(error)}): copy them "
+            "again, whole"
+        ) from error
     except OSError as error:
-        where = folder if root.is_dir() else f"{path_or_id}, which is no folder, and no hub id within reach"
+        absent = "" if root.is_dir() else ", which is no folder, and no hub id within reach"
         raise FileNotFoundError(
-            f"the {what} cannot be loaded from {where} ({first_line(error)}): name a folder that holds it"
+            f"the {what} cannot be loaded from {where}{absent} ({first_line(error)}): name a folder that holds it"
         ) from error
 
 

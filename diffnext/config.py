@@ -1,6 +1,7 @@
 """Settings of the NOVA trainer: sections, the documented keys of the original's YAML files, checks."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,11 +35,7 @@ class NovaRun(RunConfig):
 class NovaData(DataConfig):
     dataset: tuple[str, ...] = option((), "folder(s) of cached latents, see `python -m diffnext.build_cache`; required")
     num_workers: int = option(8)
-    shuffle: bool = option(True, "visit the data in a seeded order")
-
-    def __post_init__(self) -> None:
-        if not self.shuffle:
-            raise ValueError("shuffle must be true: the data are visited in a seeded order, new in every epoch")
+    shuffle: bool = option(True, "always: the data are visited in a seeded order, new in every epoch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +123,10 @@ class NovaCheckpoint(CheckpointConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NovaLog(LogConfig):
-    report_to: str = option("wandb")
+    report_to: str = option("none")
     tracker_project_name: str = option("nova")
     run_name: str | None = option(None, "name of the run in wandb")
-    wandb_run_id: str | None = option(None, "run of wandb to go on with")
+    wandb_run_id: str | None = option(None, "run of wandb to go on with, where report_to names wandb")
     log_every_steps: int = option(20)
 
 
@@ -146,7 +143,11 @@ class NovaValidation(ValidationConfig, SamplerConfig):
     validation_steps: int | None = option(5000)
     validate_at_start: bool = option(False)
     prompts: tuple[str, ...] = option((), "prompts to generate in validation; none skips it")
-    max_latent_length: int | None = option(None, "latent frames to generate; null is 1 for t2i, all for t2v", minimum=1)
+    max_latent_length: int | None = option(
+        None,
+        "latent frames to generate; null is 1 for images, for videos what network and VAE take, 9 at most",
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,13 +211,46 @@ IGNORED = {
     "train_dataloader.target": "there is one loader",
     **{
         f"train_dataloader.params.{name}": _LOADER
-        for name in ("initial_fill", "queue_depth", "prefetch_count", "contiguous")
+        for name in ("initial_fill", "queue_depth", "prefetch_count", "contiguous", "stick_to_partition")
     },
     **{
         f"train_dataloader.params.{name}": "the launcher decides it"
         for name in ("shard_id", "num_shards", "max_examples")
     },
+    "training.gpu_id": "the launcher decides it",
+    "experiment.resume_iter": "the checkpoint says it",
 }
+# In one file or one command line, these count where both are given, as in the original.
+STRONGER = {
+    "optimizer.params.lr": "lr_scheduler.params.lr_max",
+    "training.seed": "train_dataloader.params.seed",
+    "training.batch_size": "train_dataloader.params.batch_size",
+}
+# What a section of the original's files asks for by being there, whatever it holds.
+IMPLIED = {"wandb": ("log.report_to", "wandb"), "ema": ("optim.ema_decay", 0.99)}
+
+
+class NovaParser(Parser):
+    """Understands the original's files as the original does."""
+
+    def _layer(self, source: str, pairs: list[tuple[str, Any]], problems: list[str], warnings: list[str]) -> Any:
+        given = {name for name, _ in pairs}
+        kept = [(name, value) for name, value in pairs if STRONGER.get(name) not in given]
+        return super()._layer(source, kept, problems, warnings)
+
+    def _build(self, merged: Mapping[str, tuple[Any, str]], problems: list[str]) -> Any:
+        sections = {spelling.lstrip("-").partition(".")[0] for _, spelling in merged.values()}
+        implied = {path: (value, section) for section, (path, value) in IMPLIED.items() if section in sections}
+        return super()._build({**implied, **merged}, problems)
+
+    def _without_effect(self, config: NovaConfig, given: Mapping[str, tuple[Any, str]]) -> list[str]:
+        warnings = super()._without_effect(config, given)
+        if not config.data.shuffle:
+            spelling = given["data.shuffle"][1]
+            warnings.append(
+                f"{spelling} false has no effect: the data are visited in a seeded order, new in every epoch"
+            )
+        return warnings
 
 
 def check(config: NovaConfig) -> list[str]:
@@ -242,7 +276,7 @@ def resolved(config: NovaConfig) -> NovaConfig:
     return dataclasses.replace(config, **sections)
 
 
-PARSER = Parser(
+PARSER = NovaParser(
     NovaConfig,
     aliases=ALIASES,
     ignored=IGNORED,

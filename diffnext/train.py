@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from common import checkpoint as checkpoints
 from common import runtime, training
+from common.checkpoint import CheckpointError
 from common.data import rng_for
 from common.optim import EMA, Learner, build_adamw
 from common.pretrained import CONFIG_FILE, read_config
@@ -15,11 +18,11 @@ from common.video import contact_sheet
 from diffnext.config import NovaConfig, NovaOptim
 from diffnext.data.dataset import Records
 from diffnext.engine.lr_scheduler import ConstantLR, CosineLR, MultiStepLR
-from diffnext.models.parameters import frozen_parameters, parameter_groups
+from diffnext.models.parameters import freeze, parameter_groups
 from diffnext.models.transformers.transformer_nova import NovaConfig as TransformerConfig
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 from diffnext.pipelines import load_components
-from diffnext.task import NovaTask
+from diffnext.task import NovaTask, check_parts
 
 logger = logging.getLogger(__name__)
 
@@ -83,16 +86,35 @@ def training_data(config: NovaConfig, network: TransformerConfig) -> Records:
     )
 
 
+def refuse_checkpoints_of_the_original(config: NovaConfig) -> None:
+    """CheckpointError where the run was to go on from weights alone, which is all that the original saves."""
+    output_dir, wanted = Path(str(config.run.output_dir)), config.checkpoint.resume_from_checkpoint
+    if wanted == "latest":
+        is_chosen = bool((config.model.module_dict or {}).get("transformer"))  # as the message says, so begin with them
+        is_new = not checkpoints.listed(output_dir) and not is_chosen
+        candidates = checkpoints.listed(output_dir / "checkpoints")[:1] if is_new else []
+    else:
+        candidates = [Path(wanted), output_dir / wanted] if wanted else []
+    for found in candidates:
+        weights = found / "transformer"
+        if (weights / CONFIG_FILE).is_file() and not (found / checkpoints.TRAINER_STATE).exists():
+            raise CheckpointError(
+                f"{found} is of the original trainer: weights without optimizer and position. To begin with them, at "
+                f"step 0, give pipeline.paths.module_dict.transformer={weights} and "
+                "experiment.resume_from_checkpoint=latest; to leave them, another experiment.output_dir"
+            )
+
+
 def train(config: NovaConfig, warnings: Sequence[str] = ()) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
     session = training.start(config, warnings)
     config, accelerator, stop, device = session.config, session.accelerator, session.stop, session.device
 
-    # Data: batches hold latents of one shape; where an earlier start left off.
+    # Data.
+    refuse_checkpoints_of_the_original(config)
     network = transformer_config(config)
     records = training_data(config, network)
     records.check()
-    course = training.course_of(session, records, records.groups())
 
     # The pipeline: all frozen but most of the transformer. What no step needs is not loaded.
     runtime.seed_model_randomness(config.run.seed, 0)
@@ -105,13 +127,18 @@ def train(config: NovaConfig, warnings: Sequence[str] = ()) -> None:
         vae=generates,
         random_transformer=config.model.from_scratch,
     )
-    bare = components.transformer.train()
-    for name in frozen_parameters(bare, config.model.kind):
-        bare.get_parameter(name).requires_grad_(False)
+    check_parts(config.validation, components, records.has_encoded_text)
+    bare, dtype = components.transformer.train(), runtime.weight_dtype(accelerator)
+    freeze(bare, config.model.kind)
     bare.enable_gradient_checkpointing(config.model.gradient_checkpointing)
-    for frozen in (components.text_encoder, components.vae):
+    # The autoencoder of SDXL overflows in fp16.
+    in_vae = torch.float32 if dtype == torch.float16 else dtype
+    for frozen, own_dtype in ((components.text_encoder, dtype), (components.vae, in_vae)):
         if frozen is not None:
-            frozen.requires_grad_(False).to(device, runtime.weight_dtype(accelerator))
+            frozen.requires_grad_(False).to(device, own_dtype)
+
+    # Batches hold latents of one shape; where an earlier start left off. After the weights: this reads every record.
+    course = training.course_of(session, records, records.groups(accelerator))
 
     # Optimizer, learning rate, moving average.
     optimizer = build_adamw(parameter_groups(bare), config.optim, device)
@@ -132,7 +159,7 @@ def train(config: NovaConfig, warnings: Sequence[str] = ()) -> None:
         tracker_arguments={"wandb": _wandb_arguments(config)},
         memory_knobs=MEMORY_KNOBS,
     )
-    task = NovaTask(config, accelerator, transformer, components, run.log, stop)
+    task = NovaTask(config, accelerator, transformer, components, run.log, stop, dtype)
     training.run_to_end(run, task, records)
 
 

@@ -29,8 +29,8 @@ class RefinerData(DataConfig):
     batch_size: int = option(4, "pairs per process and micro-batch", minimum=1)
     data_json: str = option("example_kitti.json", "lists of renders, targets and conditioning images; see the guide")
     data_root: str | None = option(None, "folder that the json's paths are relative to; null is the working directory")
-    holdout_items: int = option(
-        10, "last items, held out for validation (parallel lists without a test split)", minimum=1
+    holdout_items: int | None = option(
+        None, "last items, held out for validation, of a list without test split; null is 10, or all but one", minimum=1
     )
     max_train_samples: int | None = option(None, "train on the first so many items", minimum=1)
     height_px: int | None = option(
@@ -64,7 +64,9 @@ class RefinerLoss(DenoisingLossConfig):
         0.05, "chance of each of the seven ways to drop", minimum=0, maximum=1, needs="use_classifier_free_guidance"
     )
     snr_mode: Literal["fixed", "pairwise", "upstream"] = option(
-        "fixed", "weights by each row's timestep, by the target's, or as the original mixed them up", needs="snr_gamma"
+        "fixed",
+        "weights by each row's timestep, by the target's, or as the original by the mean of a micro-batch",
+        needs="snr_gamma",
     )
     cond_loss_weight: float = option(1.0, "weight of the conditioning rows in the loss", minimum=0)
 
@@ -92,7 +94,11 @@ class SamplerConfig(GuidedSamplerConfig):
         0.7, "share by which guided predictions are rescaled", minimum=0, maximum=1, needs="parity=False"
     )
     strength: float = option(
-        1.0, "1 starts from noise, less from the render with that share of noise", above=0, maximum=1
+        1.0,
+        "1 starts from noise, less from the render with that share of noise",
+        above=0,
+        maximum=1,
+        needs="parity=False",
     )
     parity: bool = option(False, "sample as the original did: guidance 10 between two prompts, no rescale")
 
@@ -143,17 +149,9 @@ IGNORED = {
 
 def check(config: RefinerConfig) -> list[str]:
     """Problems between sections, one sentence each."""
-    problems = []
-    if not config.model.pretrained_model_name_or_path:
-        problems.append(
-            "--pretrained_model_name_or_path is required: the folder (or hub id) of stable-diffusion-2-1-unclip"
-        )
-    if 7 * config.loss.condition_dropout_prob > 1:
-        problems.append(
-            f"condition_dropout_prob {config.loss.condition_dropout_prob} is above 1/7: the seven ways to drop would "
-            "not fit into one; the original's value is 0.05"
-        )
-    return problems
+    if config.model.pretrained_model_name_or_path:
+        return []
+    return ["--pretrained_model_name_or_path is required: the folder (or hub id) of stable-diffusion-2-1-unclip"]
 
 
 PARSER = Parser(

@@ -8,6 +8,7 @@ sizes, and cut to one square window.
 import difflib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ IMAGE_KEYS = ("render", "gt", "cond")
 DIFIX_KEYS = {"render": "image", "gt": "target_image", "cond": "ref_image"}
 IO_THREADS = 16
 SHOWN_PROBLEMS = 5
+HOLDOUT_ITEMS = 10
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,13 @@ class Pairs:
 # List files
 
 
-def read_pairs(json_path: str | Path, data_root: str | Path | None = None, holdout: int = 10) -> Pairs:
+def read_pairs(json_path: str | Path, data_root: str | Path | None = None, holdout: int | None = None) -> Pairs:
     """Read and check a list of pairs.
 
     Two formats: three parallel lists `{"render": [...], "gt": [...], "cond": [...]}` (null in `cond` where there is
     none), or Difix3D's `{"train": {id: {"image", "target_image", "ref_image"?, "prompt"?}}, "test": {...}}`. The `test`
-    items are the validation set; without them it is the last `holdout` items of the list.
+    items are the validation set; without them it is the last `holdout` items of the list. None holds out the last 10,
+    and of a shorter list all but one.
 
     Relative paths start at `data_root` and must stay inside it. Without `data_root` they start at the working
     directory, or, decided once for all of them, at the folder of the json file if some file is missing in the former
@@ -75,7 +80,7 @@ def read_pairs(json_path: str | Path, data_root: str | Path | None = None, holdo
         raise FileNotFoundError(
             f"the list of pairs {json_path} (from {Path.cwd()}) is not a file; set data.data_json to where it is"
         )
-    if holdout < 0:
+    if holdout is not None and holdout < 0:
         raise ValueError(f"data.holdout_items is {holdout}, but must be at least 0")
     try:
         content = json.loads(json_path.read_text(encoding="utf-8"))
@@ -88,19 +93,29 @@ def read_pairs(json_path: str | Path, data_root: str | Path | None = None, holdo
     if data_root is not None:
         problems += _outside_root(records, root)
     problems += _missing_files(records, root)
-    if not problems and "test" not in splits and len(records) <= holdout:
-        remedy = f"add items or set data.holdout_items to at most {len(records) - 1}" if records else "add items"
+    num_items = len(splits["train"])
+    num_held_out = 0 if "test" in splits else _num_held_out(num_items, holdout)
+    if not problems and num_items <= num_held_out:
+        remedy = f"add items or set data.holdout_items to at most {num_items - 1}" if num_items > 1 else "add items"
         problems.append(
-            f"it lists {len(records)} items, but the last {holdout} are held out for validation (data.holdout_items),"
+            f"it lists {num_items} items, but the last {num_held_out} are held out for validation (data.holdout_items),"
             f" which leaves none to train on: {remedy}"
         )
     if problems:
         raise ValueError(f"{json_path}:" + "".join(f"\n  - {problem}" for problem in problems))
+    if "test" not in splits and holdout is None and num_held_out < HOLDOUT_ITEMS:
+        logger.warning(
+            "%s lists %d items: all but one are held out for validation; set data.holdout_items", json_path, num_items
+        )
+    if num_prompts := sum(bool(record["prompt"]) for record in records):
+        logger.warning("%s: prompts (%d) are not used, the refiner takes no text", json_path, num_prompts)
     pairs = {name: tuple(_pair(record, root) for record in split) for name, split in splits.items()}
-    if "test" in pairs:
-        return Pairs(pairs["train"], pairs["test"])
-    num_train = len(pairs["train"]) - holdout
-    return Pairs(pairs["train"][:num_train], pairs["train"][num_train:])
+    num_train = num_items - num_held_out
+    return Pairs(pairs["train"][:num_train], pairs.get("test") or pairs["train"][num_train:])
+
+
+def _num_held_out(num_items: int, wanted: int | None) -> int:
+    return max(1, min(HOLDOUT_ITEMS, num_items - 1)) if wanted is None else wanted
 
 
 def _pair(record: dict[str, Any], root: Path) -> Pair:
@@ -347,13 +362,13 @@ class RefinerDataset:
                 self._bucket_keys = list(pool.map(_bucket_or_first, self.pairs))
         return self._bucket_keys[index]
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """A random window of item `index`.
 
-        Returns `render`, `gt`, `prompt_img`: float32 (3, H, H) in [-1, 1]; `cond_u8`: uint8 (H, H, 3), the
-        conditioning crop for CLIP; `has_cond`: bool (). Without a conditioning image `prompt_img` and `cond_u8` are
-        zeros. Draws from `rng`: the window, then the flip if `random_flip`. Raises MediaError with the path of an
-        unreadable file.
+        Returns `render`, `gt`, `prompt_img`: float32 (3, H, H) in [-1, 1]; `cond_u8`: the conditioning crop for CLIP,
+        an image, since a batch keeps those as a list on the CPU; `has_cond`: bool (). Without a conditioning image
+        `prompt_img` and `cond_u8` are zeros. Draws from `rng`: the window, then the flip if `random_flip`. Raises
+        MediaError with the path of an unreadable file.
         """
         bucket_wh = self._bucket_wh(index)
         if self.windows_per_item is None:
@@ -367,13 +382,13 @@ class RefinerDataset:
         """Which of its `windows_per_item` fixed windows a sample shows."""
         return int(rng.integers(self.windows_per_item))
 
-    def window(self, index: int, place: int) -> dict[str, np.ndarray]:
+    def window(self, index: int, place: int) -> dict[str, Any]:
         """One of the fixed windows of item `index`, never flipped; keys as in `sample`."""
         bucket_wh = self._bucket_wh(index)
         offset = window_places(*bucket_wh, self.windows_per_item)[place]
         return _to_sample(self.pairs[index], load_crops(self.pairs[index], bucket_wh, offset), flip=False)
 
-    def validation_sample(self, index: int) -> dict[str, np.ndarray]:
+    def validation_sample(self, index: int) -> dict[str, Any]:
         """The centre window of item `index`, never flipped; keys as in `sample`."""
         bucket_wh = self._bucket_wh(index)
         crops = load_crops(self.pairs[index], bucket_wh, window_places(*bucket_wh, 1)[0])
@@ -403,7 +418,7 @@ def _bucket_or_first(pair: Pair) -> str:
         return next(iter(BUCKETS))
 
 
-def _to_sample(pair: Pair, crops: dict[str, np.ndarray], flip: bool) -> dict[str, np.ndarray]:
+def _to_sample(pair: Pair, crops: dict[str, np.ndarray], flip: bool) -> dict[str, Any]:
     if flip:
         crops = {key: crop[:, ::-1] for key, crop in crops.items()}
     has_cond = pair.cond is not None
@@ -412,6 +427,6 @@ def _to_sample(pair: Pair, crops: dict[str, np.ndarray], flip: bool) -> dict[str
         "render": normalise(crops["render"]),
         "gt": normalise(crops["gt"]),
         "prompt_img": prompt_img if has_cond else np.zeros_like(prompt_img),
-        "cond_u8": np.ascontiguousarray(crops["cond"]),
+        "cond_u8": Image.fromarray(np.ascontiguousarray(crops["cond"])),
         "has_cond": np.array(has_cond),
     }

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from common import tools
 from common.config import Parser, Section, find_file, folder_or_id, option
 from common.metrics import SSIM_WINDOW_PX, Lpips, lpips_for_all, psnr, ssim
-from common.pretrained import named
+from common.pretrained import first_line, named
 from common.runtime import Processes
 from common.video import MediaError, contact_sheet, image_size, load_image, save_image, to_uint8
 from gaussian_refiner.config import SamplerConfig
@@ -53,7 +53,9 @@ class InferData(Section):
     gt: str | None = option(None, "target image or folder, for metrics")
     split: Literal["validation", "train", "all"] = option("validation", "which items of a json list")
     data_root: str | None = option(None, "folder that a json's paths are relative to; null is the working directory")
-    holdout_items: int = option(10, "last items of a json without a test split that are `validation`", minimum=1)
+    holdout_items: int | None = option(
+        None, "last items of a json without test split that are `validation`; null is 10, or all but one", minimum=1
+    )
     overwrite: bool = option(False, "make again what is there already; otherwise existing results are kept")
     side_by_side: bool = option(False, "also write sheets: render, repaired, reference, target")
 
@@ -91,7 +93,7 @@ class InferRun(tools.ToolConfig):
         None, "type of weights and activations; null is the launcher's, and without one fp16 on a GPU, fp32 on a CPU"
     )
     seed: int = option(12345, "an image's noise follows from the seed and its place in the input", minimum=0)
-    batch_size: int = option(1, "images repaired at once, per process; wide ones count once per window", minimum=1)
+    batch_size: int = option(1, "images repaired at once, per process, with all windows of each", minimum=1)
     cond_cache: bool = option(True, "run the conditioning image once instead of in every step; same result")
     lpips_weights: str | None = option(
         None, "AlexNet weights of torchvision for LPIPS; null looks in torch hub's cache"
@@ -296,6 +298,7 @@ def load_model(config: InferConfig, processes: Processes, dtype: torch.dtype) ->
         null_text=embed_text(components, [""]).to(device),  # (1, 77, C)
         parity_text=embed_text(components, PARITY_PROMPTS).to(device),  # (2, 77, C)
     )
+    del components.text_encoder  # all texts are embedded
     for module in (components.vae, components.image_encoder, components.unet):
         module.requires_grad_(False).to(device, dtype)
     cond_cache = install_self_mutual_attention(components.unet)
@@ -465,15 +468,25 @@ def review(
 
 
 def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict[Job, str]:
-    """Repairs what is missing and reviews all; returns why images of this process went wrong."""
+    """Repairs what is missing and reviews all; returns why images of this process went wrong.
+
+    Raises:
+        RuntimeError: a batch does not fit into the memory; what is repaired stays.
+    """
     jobs, frames = find_jobs(config.data), frames_of(config.sampling)
     todo = missing(jobs, config)
     tools.say_kept(len(jobs) - len(todo), len(jobs), "image", processes)
     share = tools.share_of(todo, processes)
     failures: dict[Job, str] = {}
     if share:
-        make = partial(make_batch, refiner=load_model(config, processes, dtype), frames=frames)
-        failures = tools.attempt_all(batches_of(share, config.run.batch_size), make, "image", processes)
+        try:
+            make = partial(make_batch, refiner=load_model(config, processes, dtype), frames=frames)
+            failures = tools.attempt_all(batches_of(share, config.run.batch_size), make, "image", processes)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"{processes.device} ran out of memory with a batch_size of {config.run.batch_size}: lower it or "
+                f"height_px, leave out --full_frame, or use a half --mixed_precision. torch says: {first_line(error)}"
+            ) from error
     failures |= review(jobs, failures, config, processes)
     tools.conclude([job.output for job in jobs], config.data.output_dir, failures, "image", processes)
     return failures

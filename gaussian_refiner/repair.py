@@ -1,5 +1,6 @@
 """How images of any width go through the refiner: resized to a bucket's frame, cut into windows, sampled, decoded."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from gaussian_refiner.models.denoise import WINDOW_STEP_PX, NullKind, decode, de
 from gaussian_refiner.models.objective import class_labels
 from gaussian_refiner.models.self_mutual_attention import CondCache
 
+logger = logging.getLogger(__name__)
+
 PARITY_GUIDANCE_SCALE = 10.0
 PARITY_STEPS = 20
 
@@ -29,13 +32,16 @@ class Sampling:
     strength: float
     null_kinds: tuple[NullKind, ...]
     text: tuple[Tensor, Tensor]  # unconditional and conditional embeddings, (1, tokens, C) each
+    label_rows: int = 1  # class vectors of an image: 1 for both rows of its pair, 2 with noise of their own
 
 
 def sampling(sampler: SamplerConfig, null_text: Tensor, parity_text: Tensor) -> Sampling:
     """The sampler of a configuration: guidance over the trained nulls, or the original's between two prompts."""
     if sampler.parity:
         negative, positive = parity_text.chunk(2)  # (1, tokens, C) each
-        return Sampling(PARITY_STEPS, PARITY_GUIDANCE_SCALE, 0.0, 1.0, ("text", "clip"), (negative, positive))
+        return Sampling(PARITY_STEPS, PARITY_GUIDANCE_SCALE, 0.0, 1.0, ("text", "clip"), (negative, positive), 2)
+    if sampler.guidance_scale == 1 and sampler.guidance_rescale != type(sampler).guidance_rescale:
+        logger.warning("guidance_rescale %g has no effect: guidance_scale is 1", sampler.guidance_rescale)
     return Sampling(
         sampler.num_inference_steps,
         sampler.guidance_scale,
@@ -129,12 +135,14 @@ def repair_frames(
     render, embeds = encoded["render_latents"], encoded["image_embeds"]  # (B, 4, h, w), (windows, B, D)
     device, keep = render.device, encoded["has_cond"].float()  # (B,)
     constants = components.constants(device)
-    noise = draw_normal(seed, "validation image embedding noise", numbers, embeds.shape[2:]).to(device)  # (B, D)
+    rows = how.label_rows
+    noise = draw_normal(seed, "validation image embedding noise", numbers, (rows, embeds.shape[2])).flatten(0, 1)
+    noise, embeds = noise.to(device), embeds.repeat_interleave(rows, dim=1)  # (rows B, D), (windows, rows B, D)
     labels = [
-        keep[:, None]
+        keep.repeat_interleave(rows)[:, None]
         * class_labels(window, noise, constants.embed_mean, constants.embed_std, constants.image_alphas_cumprod)
         for window in embeds
-    ]  # (B, 2 D) each
+    ]  # (rows B, 2 D) each
     latents = denoise(
         components.unet,
         cond_cache,

@@ -3,6 +3,8 @@
 The formulas are in `models.objective` and `models.denoise`; here they meet the data and the run.
 """
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.data import draw_integers, draw_normal, draw_uniform
+from common.data import BAD_SAMPLE_ERRORS, collate, draw_integers, draw_normal, draw_uniform, on_device
 from common.log import RunLog
 from common.loop import StepOutput
 from common.metrics import Lpips, psnr, ssim
@@ -31,13 +33,22 @@ from gaussian_refiner.models.objective import (
 from gaussian_refiner.models.self_mutual_attention import CondCache
 from gaussian_refiner.repair import repair_frames, sampling
 
+logger = logging.getLogger(__name__)
+
 SHEET_ROWS = 8
 
 
 def objective_settings(loss: RefinerLoss, prediction_type: PredictionType) -> ObjectiveSettings:
     """The loss section as the objective takes it."""
+    dropout_prob = loss.condition_dropout_prob if loss.use_classifier_free_guidance else None
+    if dropout_prob and 7 * dropout_prob > 1:
+        logger.warning(
+            "condition_dropout_prob %g is above 1/7: the seven ways to drop do not fit into one, so that the last of "
+            "them are rarer or missing, and no sample keeps all conditions; the original's value is 0.05",
+            dropout_prob,
+        )
     return ObjectiveSettings(
-        condition_dropout_prob=loss.condition_dropout_prob if loss.use_classifier_free_guidance else None,
+        condition_dropout_prob=dropout_prob,
         noise_offset=loss.noise_offset,
         input_perturbation=loss.input_perturbation,
         prediction_type=prediction_type,
@@ -48,9 +59,14 @@ def objective_settings(loss: RefinerLoss, prediction_type: PredictionType) -> Ob
 
 
 def draw(
-    seed: int, sample_numbers: Sequence[int], latent_shape: Sequence[int], embed_width: int, num_timesteps: int
+    settings: ObjectiveSettings,
+    seed: int,
+    sample_numbers: Sequence[int],
+    latent_shape: Sequence[int],
+    embed_width: int,
+    num_timesteps: int,
 ) -> RefinerDraws:
-    """Every random number of the loss, each a function of (seed, sample number), on the CPU.
+    """Every random number that the loss needs, each a function of (seed, sample number), on the CPU.
 
     Args:
         sample_numbers: (B,).
@@ -67,9 +83,9 @@ def draw(
         image_embed_noise=draw_normal(seed, "image embedding noise", numbers, (embed_width,)),  # (B, D)
         noise=pairs("noise", latent_shape),  # (2B, 4, h, w)
         timesteps=draw_integers(seed, "timestep", numbers, 0, num_timesteps),  # (B,)
-        random_p=draw_uniform(seed, "condition dropout", numbers),  # (B,)
-        offset_noise=pairs("noise offset", (channels, 1, 1)),  # (2B, 4, 1, 1)
-        perturb_noise=pairs("input perturbation", latent_shape),  # (2B, 4, h, w)
+        random_p=draw_uniform(seed, "condition dropout", numbers) if settings.condition_dropout_prob else None,  # (B,)
+        offset_noise=pairs("noise offset", (channels, 1, 1)) if settings.noise_offset else None,  # (2B, 4, 1, 1)
+        perturb_noise=pairs("input perturbation", latent_shape) if settings.input_perturbation else None,  # as noise
     )
 
 
@@ -84,7 +100,7 @@ def encode_batch(components: Components, batch: dict[str, Any]) -> dict[str, Ten
         return {name: batch[name].float() for name in names}
     pixels = torch.cat([batch["prompt_img"], batch["render"], batch["gt"]])  # (3B, 3, H, H)
     cond, render, gt = encode(components.vae, pixels).chunk(3)  # (B, 4, h, w) each
-    embeds = embed_images(components, list(batch["cond_u8"].cpu().numpy()))  # (B, D)
+    embeds = embed_images(components, batch["cond_u8"])  # (B, D)
     return dict(zip(names, (render, cond, gt, embeds), strict=True))
 
 
@@ -133,8 +149,8 @@ class RefinerTask:
             encoded = encode_batch(self.components, batch)
         latents, embeds = encoded["gt_latents"], encoded["image_embeds"]
         numbers, num_timesteps = batch["sample_number"].tolist(), len(self.constants.alphas_cumprod)
-        draws = draw(self.config.run.seed, numbers, latents.shape[1:], embeds.shape[1], num_timesteps)
-        draws = RefinerDraws(**{name: value.to(latents.device) for name, value in vars(draws).items()})
+        draws = draw(self.settings, self.config.run.seed, numbers, latents.shape[1:], embeds.shape[1], num_timesteps)
+        draws = on_device(draws, latents.device)
         inputs = RefinerInputs(**encoded, text_embeds=self.null_text, has_cond=batch["has_cond"])
         result = repair_loss(self.unet, inputs, draws, self.constants, self.settings)
         mse = result.per_row_mse
@@ -144,51 +160,62 @@ class RefinerTask:
         """Repairs the held-out items, split over the processes: pictures and mean metrics.
 
         `psnr_render` (the untouched render) and `psnr_vae` (the target through the VAE, the best a repair can reach)
-        frame `psnr`.
+        frame `psnr`. Items that cannot be read or whose metrics are not finite are left out, with a warning.
         """
         processes, count = self.processes, len(self.held_out)
         count = min(count, self.config.validation.max_validation_items or count)
-        totals: dict[str, Tensor] = {}
-        for index in self.stop.share(count):
-            for name, value in self._validate_item(step, index).items():
-                totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value
         names = ["psnr", "ssim", "psnr_render", "psnr_vae"] + (["lpips", "lpips_render"] if self.lpips else [])
-        zero = torch.zeros((), device=processes.device)
-        sums = processes.reduce(torch.stack([totals.get(name, zero).float() for name in names]), "sum")
+        # Every row is zero on all processes but one, so that their sum is the table; the last column: measured.
+        table = torch.zeros(count, len(names) + 1, dtype=torch.float64, device=processes.device)
+        for index in self.stop.share(count):
+            if metrics := self._validate_item(step, index):
+                table[index] = torch.tensor([*(metrics[name] for name in names), 1.0], dtype=table.dtype)
+        table = processes.reduce(table, "sum")
         processes.wait_for_everyone()
-        if processes.is_main_process:
-            self._write_sheet(step, count)
-        return dict(zip(names, (sums / count).tolist(), strict=True))
+        measured = table[:, -1].nonzero()[:, 0]  # (measured items,)
+        if processes.is_main_process and len(measured):
+            self._write_sheet(step, measured[:SHEET_ROWS].tolist())
+        return dict(zip(names, table[measured, :-1].mean(dim=0).tolist(), strict=True)) if len(measured) else {}
 
-    def _validate_item(self, step: int, index: int) -> dict[str, Tensor]:
-        """Metrics of one held-out item; writes its pictures."""
-        batch = _batch_of_one(self.held_out.validation_sample(index), self.processes.device)
+    def _validate_item(self, step: int, index: int) -> dict[str, float]:
+        """Metrics of one held-out item; writes its pictures. Neither if it cannot be measured."""
+        item = self.held_out.pairs[index].name
+        try:
+            sample = self.held_out.validation_sample(index)
+        except BAD_SAMPLE_ERRORS as error:
+            logger.warning("held-out item %s is left out of the validation after step %d: %s", item, step, error)
+            return {}
+        batch = {
+            key: value.to(self.processes.device) if isinstance(value, Tensor) else value
+            for key, value in collate([sample]).items()
+        }  # (1, ...)
         encoded = encode_batch(self.components, batch)
-        seed, name = self.config.run.seed, f"{index:03d}"
+        seed = self.config.run.seed
         one_window = {**encoded, "image_embeds": encoded["image_embeds"][None], "has_cond": batch["has_cond"]}
         repaired = repair_frames(
             self.components, self.cond_cache, self.sampling, one_window, seed=seed, numbers=[index]
         )  # (1, 3, H, H)
         render, gt, cond = (batch[key] / 2 + 0.5 for key in ("render", "gt", "prompt_img"))  # (1, 3, H, H) in [0, 1]
-        for kind, image in {"render": render, "repaired": repaired, "gt": gt, "cond": cond}.items():
-            self.log.image(step, f"{name}-{kind}", to_uint8(image[0]), track=False)
-        metrics = {
+        found = {
             "psnr": psnr(repaired, gt),
             "ssim": ssim(repaired, gt),
             "psnr_render": psnr(render, gt),
             "psnr_vae": psnr(decode(self.components.vae, encoded["gt_latents"]), gt),
         }
         if self.lpips:
-            metrics |= {"lpips": self.lpips(repaired, gt), "lpips_render": self.lpips(render, gt)}
-        return {metric: value.mean() for metric, value in metrics.items()}
+            found |= {"lpips": self.lpips(repaired, gt), "lpips_render": self.lpips(render, gt)}
+        metrics = {name: value.mean().item() for name, value in found.items()}
+        if not all(map(math.isfinite, metrics.values())):
+            logger.warning("held-out item %s is left out of the validation after step %d: %s", item, step, metrics)
+            return {}
+        for kind, image in {"render": render, "repaired": repaired, "gt": gt, "cond": cond}.items():
+            self.log.image(step, f"{index:03d}-{kind}", to_uint8(image[0]), track=False)
+        return metrics
 
-    def _write_sheet(self, step: int, count: int) -> None:
-        """One picture of the first items, read back from what every process wrote."""
+    def _write_sheet(self, step: int, indices: Sequence[int]) -> None:
+        """One picture of some items, read back from what every process wrote."""
         kinds, folder = ("render", "repaired", "gt", "cond"), self.log.image_folder(step)
-        rows = [
-            [np.asarray(load_image(folder / f"{index:03d}-{kind}.png")) for kind in kinds]
-            for index in range(min(count, SHEET_ROWS))
-        ]
+        rows = [[np.asarray(load_image(folder / f"{index:03d}-{kind}.png")) for kind in kinds] for index in indices]
         self.log.image(step, "sheet", contact_sheet(rows, list(kinds)))
 
     def export(self, directory: Path) -> None:
@@ -199,8 +226,3 @@ class RefinerTask:
         fresh.unet.load_state_dict({k: v.float() for k, v in self.components.unet.state_dict().items()})
         fresh.prediction_type = self.settings.prediction_type
         fresh.pipeline().save_pretrained(directory)
-
-
-def _batch_of_one(sample: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    tensors = {key: torch.from_numpy(np.array(value))[None] for key, value in sample.items()}  # (1, ...)
-    return {key: value if key == "cond_u8" else value.to(device) for key, value in tensors.items()}

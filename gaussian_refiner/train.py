@@ -79,6 +79,7 @@ def train(config: RefinerConfig, warnings: Sequence[str] = ()) -> None:
         components.prediction_type = config.loss.prediction_type
     null_text = embed_text(components, [""]).to(device)  # (1, 77, C)
     parity_text = embed_text(components, PARITY_PROMPTS).to(device)  # (2, 77, C)
+    del components.text_encoder  # all texts are embedded, and the export loads it again
     for frozen in (components.vae, components.image_encoder):
         frozen.requires_grad_(False).to(device, runtime.weight_dtype(accelerator))
     bare_unet = components.unet.train()

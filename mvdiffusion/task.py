@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from common.data import BAD_SAMPLE_ERRORS, collate, draw_integers, draw_normal, draw_uniform
+from common.data import BAD_SAMPLE_ERRORS, collate, draw_integers, draw_normal, draw_uniform, on_device
 from common.log import RunLog
 from common.loop import StepOutput
 from common.metrics import Lpips, psnr, ssim
@@ -94,14 +94,6 @@ def draw(
         else:
             draws[name] = draw_normal(seed, name, numbers, shape)
     return MVDraws(**draws)
-
-
-def to_device(draws: MVDraws, device: torch.device) -> MVDraws:
-    """The draws on the device; from pinned memory, so that the host need not wait for what a GPU still has to do."""
-    given = {name: tensor for name, tensor in vars(draws).items() if tensor is not None}
-    if device.type == "cuda":
-        given = {name: tensor.pin_memory() for name, tensor in given.items()}
-    return MVDraws(**{name: tensor.to(device, non_blocking=True) for name, tensor in given.items()})
 
 
 def encode_batch(frozen: Frozen, batch: dict[str, Any], domain: Tensor | None = None) -> dict[str, Tensor]:
@@ -197,7 +189,7 @@ class MVTask:
         draws = draw(
             self.config.run.seed, numbers, self.settings, len(self.cameras), self.latent_shape, len(self.alphas_cumprod)
         )
-        draws = to_device(draws, device)
+        draws = on_device(draws, device)
         with torch.no_grad():
             encoded = encode_batch(self.frozen, batch, draws.domain)
         result = mv_loss(self.unet, loss_inputs(encoded, batch, draws), draws, self.alphas_cumprod, self.settings)

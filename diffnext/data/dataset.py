@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from common.runtime import Processes
 from diffnext.data.annotations import array_of, parse_annotation
 from diffnext.data.records import METADATA, RecordDataset
 
@@ -118,31 +119,20 @@ class Records:
         """What the order and the items follow from, as plain values; latents themselves are not read."""
         return {"sets": [_fingerprint(records) for records in self.sets]}
 
-    @cached_property
-    def shapes(self) -> list[Shape]:
-        """Shape of every item's moments. A record that cannot be read counts as one of the most frequent shape.
+    def sizes(self, first: int, end: int) -> tuple[np.ndarray, str | None]:
+        """Latent frames (0 is an image), height and width of the items first ... end - 1, int32 (n, 3).
 
-        Reads the beginnings of all records. Raises ValueError if none can be read.
+        Reads the beginnings of their records. One that cannot be read has zeros; why the first of them is the second
+        value.
         """
-        known: dict[Shape, Shape] = {}
-        first_error = None
-        found: list[Shape | None] = []
-        for records, position in self._ahead():
+        sizes, problem = np.zeros((end - first, 3), np.int32), None
+        for number, (records, position) in enumerate(self._ahead(first, end)):
             try:
                 shape = self._moments(records.fields(position, ("shape", "moments"))).shape
-                found.append(known.setdefault(shape, shape))
+                sizes[number] = (0, *shape[1:])[-3:]
             except ValueError as error:
-                first_error = first_error or f"{records.describe(position)}: {error}"
-                found.append(None)
-        counts = Counter(shape for shape in found if shape is not None)
-        if found and not counts:
-            raise ValueError(f"no record can be read; the first: {first_error}")
-        return [shape or counts.most_common(1)[0][0] for shape in found]
-
-    def groups(self) -> list[tuple[Shape, bool]]:
-        """For `SamplePlan`: (shape of moments, whether there is a flow), of which a batch must not mix two."""
-        has_flow = chain.from_iterable(["flow" in records.features] * len(records) for records in self.sets)
-        return list(zip(self.shapes, has_flow, strict=True))
+                problem = problem or f"{records.describe(position)}: {error}"
+        return sizes, problem
 
     def check(self) -> None:
         """Looks for what would spoil a run: files that are cut off, and some records, read whole.
@@ -169,6 +159,10 @@ class Records:
                 "videos of %s latent frames: OpenSora's VAE makes 4 k + 1 of 16 k + 1 frames, and drops what is over",
                 sorted(odd_lengths),
             )
+
+    def groups(self, processes: Processes | None = None) -> "Groups":
+        """For `SamplePlan`; `processes` share the work of finding them."""
+        return Groups(self, processes)
 
     def _problems(self, index: int, sample: Mapping[str, Any]) -> Iterator[str]:
         records, position = self._locate(index)
@@ -208,15 +202,49 @@ class Records:
             raise IndexError(f"there are {len(self)} items, none with number {index}")
         return self.sets[number], index - (self._ends[number - 1] if number else 0)
 
-    def _ahead(self) -> Iterator[tuple[RecordDataset, int]]:
-        """Every item's place; the first page of the next ones is on its way from the disk."""
-        for records in self.sets:
-            for first in range(0, len(records), PREFETCHED):
-                block = range(len(records))[first : first + PREFETCHED]
-                for position in block:
-                    records.prefetch(position, PAGE_BYTES)
-                for position in block:
-                    yield records, position
+    def _ahead(self, first: int, end: int) -> Iterator[tuple[RecordDataset, int]]:
+        """The places of items; the first page of the next ones is on its way from the disk."""
+        for start in range(first, end, PREFETCHED):
+            places = [self._locate(index) for index in range(start, min(start + PREFETCHED, end))]
+            for records, position in places:
+                records.prefetch(position, PAGE_BYTES)
+            yield from places
+
+
+class Groups(Sequence[tuple[Shape, bool]]):
+    """(Shape of moments, whether there is a flow) of every item, of which a batch must not mix two.
+
+    They are found when first asked for, by all processes at once, each of which reads a share of the records. One that
+    cannot be read counts as one of the most frequent shape; ValueError if none can.
+    """
+
+    def __init__(self, records: Records, processes: Processes | None):
+        self.records, self.processes = records, processes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._labels[index]
+
+    @cached_property
+    def _labels(self) -> list[tuple[Shape, bool]]:
+        processes = self.processes
+        rank, num_processes = (processes.process_index, processes.num_processes) if processes else (0, 1)
+        first, end = (len(self) * share // num_processes for share in (rank, rank + 1))
+        sizes = np.zeros((len(self), 3), np.int32)  # (items, 3)
+        sizes[first:end], problem = self.records.sizes(first, end)
+        if processes:
+            sizes = processes.reduce(torch.from_numpy(sizes).to(processes.device), "sum").cpu().numpy()
+        kinds, kind_of, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
+        is_read = kinds.any(axis=1)  # (kinds,)
+        if not is_read.any():
+            raise ValueError(f"no record can be read; the first: {problem}")
+        kinds[~is_read] = kinds[np.where(is_read, counts, 0).argmax()]
+        channels = 2 * self.records.latent_channels
+        shapes = [(channels, *[length for length in size if length]) for size in kinds.tolist()]  # no frames: an image
+        has_flow = chain.from_iterable(["flow" in each.features] * len(each) for each in self.records.sets)
+        return [(shapes[kind], flow) for kind, flow in zip(kind_of.ravel().tolist(), has_flow, strict=True)]
 
 
 def _check_features(records: RecordDataset) -> None:

@@ -206,12 +206,8 @@ def generate(
         on_step: called after every set of tokens.
 
     Returns:
-        (B, C, T, H, W) float32.
-
-    Raises:
-        ValueError: more frames than the model is made for.
+        (B, C, T, H, W) float32; more frames than the model was made for are possible, but seldom good.
     """
-    check_length(model, settings.max_latent_length)
     config, guidance, num_frames = model.config, settings.guidance, settings.max_latent_length
     height, width = (length // config.image_stride for length in config.image_size)
     steps = sampler_steps(scheduler, settings.num_diffusion_steps, settings.flow_shift)

@@ -17,6 +17,12 @@ def frozen_parameters(model: nn.Module, pipeline: Literal["t2i", "t2v"]) -> list
     return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
 
 
+def freeze(model: nn.Module, pipeline: Literal["t2i", "t2v"]) -> None:
+    """Leaves the gradients to what `pipeline` trains."""
+    for name in frozen_parameters(model, pipeline):
+        model.get_parameter(name).requires_grad_(False)
+
+
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters as an optimizer takes them: those of normalizations have no weight decay.
 

@@ -46,6 +46,10 @@ class NOVAPipelineOutput:
     frames: np.ndarray | Tensor | None = None
 
 
+class NonFiniteResult(ValueError):
+    """What was decoded is not finite; the text says what may help."""
+
+
 class NOVAPipeline:
     """A transformer with what makes its inputs and outputs; without VAE it makes latents, without text encoder it takes
     embeddings.
@@ -184,7 +188,7 @@ class NOVAPipeline:
             draws: in place of `generator`.
 
         Raises:
-            ValueError: settings that contradict each other or do not fit the model, or results that are not finite.
+            ValueError: settings that contradict each other or do not fit the model; `NonFiniteResult`.
         """
         guidance = Guidance(
             guidance_scale, guidance_trunc, guidance_renorm, image_guidance_scale, spatiotemporal_guidance_scale
@@ -267,9 +271,10 @@ class NOVAPipeline:
         assert self.vae is not None, "checked before"
         weight, decoded = next(self.vae.parameters()), []
         for one in latents.split(1):
-            pixels = self.vae.decode(self.vae.unscale_(one.clone()).to(weight.dtype)).sample  # (1, 3, [T,] H, W)
+            with torch.autocast(weight.device.type, enabled=False):  # some overflow in half precision
+                pixels = self.vae.decode(self.vae.unscale_(one.clone()).to(weight.dtype)).sample  # (1, 3, [T,] H, W)
             if not pixels.isfinite().all():
-                raise ValueError("the result is not finite: use bf16 or float32 instead of fp16, or other weights")
+                raise NonFiniteResult("the result is not finite: use bf16 or float32 instead of fp16, or other weights")
             decoded.append(to_uint8(pixels).cpu())
         pixels = torch.cat(decoded)  # (B, [T,] H, W, 3)
         result = pixels if output_type == "pt" else pixels.numpy()

@@ -1,6 +1,7 @@
 """The parts of an SD2.1-unCLIP checkpoint, loaded one by one from a folder or a hub id."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from diffusers.schedulers import SchedulerMixin
-from huggingface_hub.errors import HfHubHTTPError
+from PIL.Image import Image
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from common.pretrained import first_line, is_local
+from common.pretrained import is_local, load_part
 from gaussian_refiner.models.objective import PredictionType, RefinerConstants
 from gaussian_refiner.models.unet import load_unet
+
+logger = logging.getLogger(__name__)
 
 SUBFOLDERS = (
     "feature_extractor",
@@ -85,43 +88,46 @@ def load_components(
     cache_dir: str | None = None,
     unet_source: str | None = None,
 ) -> Components:
-    """Loads every component in float32.
+    """Loads every component in float32, whatever the files hold.
 
     Args:
         source: a folder with one subfolder per component, or a hub id.
-        revision, unet_revision, variant, cache_dir: as in `from_pretrained`; the UNet's revision may differ.
+        revision, unet_revision, cache_dir: as in `from_pretrained`; the UNet's revision may differ.
+        variant: of the weights, e.g. fp16; a component without it is loaded from its plain file.
         unet_source: another folder for the UNet alone: that of a checkpoint or an export of the refiner.
 
     Raises:
-        FileNotFoundError: the folder lacks subfolders (they are named), or the hub id cannot be had.
+        FileNotFoundError: the folder lacks subfolders or files (they are named), or the hub id cannot be had.
+        ValueError: a file is damaged, or of another network.
     """
     check_layout(source)
-    common = {"cache_dir": cache_dir}
-    hub = {**common, "revision": revision}
-    try:
-        return Components(
-            feature_extractor=CLIPImageProcessor.from_pretrained(source, subfolder="feature_extractor", **hub),
-            image_encoder=CLIPVisionModelWithProjection.from_pretrained(source, subfolder="image_encoder", **hub),
-            image_normalizer=StableUnCLIPImageNormalizer.from_pretrained(source, subfolder="image_normalizer", **hub),
-            image_noising_scheduler=DDPMScheduler.from_pretrained(source, subfolder="image_noising_scheduler", **hub),
-            scheduler=_load_scheduler(source, hub),
-            text_encoder=CLIPTextModel.from_pretrained(source, subfolder="text_encoder", variant=variant, **hub),
-            tokenizer=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **hub),
-            unet=load_unet(
-                unet_source or source,
-                variant=variant,
-                **({} if unet_source else {**common, "revision": unet_revision or revision}),
-            ),
-            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", variant=variant, **hub),
-        )
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"{source} cannot be loaded from the hub ({first_line(error)}). {WITHDRAWN}") from error
-    except OSError as error:
-        if Path(source).is_dir():
-            raise
-        raise FileNotFoundError(
-            f"{source} is neither a folder nor a hub id that can be reached ({first_line(error)}). {WITHDRAWN}"
-        ) from error
+
+    def part(load: Callable[..., Any], name: str, **options: Any) -> Any:
+        what = name.replace("_", " ")
+        try:
+            return load_part(load, what, source, name, revision, cache_dir, **options)
+        except FileNotFoundError as error:
+            if options.get("variant"):
+                logger.warning("%s has no %s of variant %s: the one without is taken", source, what, variant)
+                return part(load, name, **{**options, "variant": None})
+            if Path(source).is_dir():
+                raise
+            raise FileNotFoundError(f"{error}. {WITHDRAWN}") from error
+
+    # transformers would take the dtype of the files.
+    clip: Any = {"variant": variant, "dtype": torch.float32}
+    hub = {} if unet_source else {"revision": unet_revision or revision, "cache_dir": cache_dir}
+    return Components(
+        feature_extractor=part(CLIPImageProcessor.from_pretrained, "feature_extractor"),
+        image_encoder=part(CLIPVisionModelWithProjection.from_pretrained, "image_encoder", **clip),
+        image_normalizer=part(StableUnCLIPImageNormalizer.from_pretrained, "image_normalizer", variant=variant),
+        image_noising_scheduler=part(DDPMScheduler.from_pretrained, "image_noising_scheduler"),
+        scheduler=_scheduler_of(part(PNDMScheduler.load_config, "scheduler"), source),
+        text_encoder=part(CLIPTextModel.from_pretrained, "text_encoder", **clip),
+        tokenizer=part(CLIPTokenizer.from_pretrained, "tokenizer"),
+        unet=load_unet(unet_source or source, variant=variant, **hub),
+        vae=part(AutoencoderKL.from_pretrained, "vae", variant=variant),
+    )
 
 
 def check_layout(source: str) -> None:
@@ -144,9 +150,8 @@ def check_layout(source: str) -> None:
         raise FileNotFoundError(f"the checkpoint folder {source} does not exist. {WITHDRAWN}")
 
 
-def _load_scheduler(source: str, hub: dict[str, Any]) -> SchedulerMixin:
+def _scheduler_of(config: dict[str, Any], source: str) -> SchedulerMixin:
     """The scheduler of the class that the checkpoint names: PNDM in the released one."""
-    config = PNDMScheduler.load_config(source, subfolder="scheduler", **hub)
     scheduler_class = getattr(diffusers, config.get("_class_name", "PNDMScheduler"), None)
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(f"{source}/scheduler names {config.get('_class_name')!r}, which is no scheduler of diffusers")
@@ -164,8 +169,13 @@ def embed_text(components: Components, prompts: Sequence[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def embed_images(components: Components, images: Sequence[np.ndarray]) -> torch.Tensor:
+def embed_images(components: Components, images: Sequence[Image | np.ndarray]) -> torch.Tensor:
     """CLIP embeddings (B, D), float32, on the encoder's device, of uint8 RGB images (H, W, 3) of any sizes."""
     encoder = components.image_encoder
     pixels = components.feature_extractor(images=list(images), return_tensors="pt").pixel_values  # (B, 3, 224, 224)
-    return encoder(pixels.to(encoder.device, encoder.dtype)).image_embeds.float()  # (B, D)
+    return encoder(sent(pixels, encoder.device).to(encoder.dtype)).image_embeds.float()  # (B, D)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`; out of pinned memory, so that nobody waits for what a GPU still has to do."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -152,9 +152,9 @@ def condition_keep_masks(random_p: torch.Tensor, prob: float) -> ConditionMasks:
     if random_p.ndim != 1 or random_p.dtype != torch.float32:
         raise ValueError(f"random_p must be a float32 vector (B,); got {random_p.dtype} {tuple(random_p.shape)}")
     # The bounds are multiplied in double precision and rounded once; intervals are closed on the left.
-    bounds = torch.tensor([k * prob for k in range(1, 8)], dtype=torch.float64).to(random_p)  # (7,)
+    bounds = torch.tensor([k * prob for k in range(1, 8)], dtype=torch.float64).to(random_p, non_blocking=True)  # (7,)
     interval = (random_p[:, None] >= bounds).sum(dim=1)  # (B,)
-    keep = torch.tensor(KEEP_TABLE, dtype=torch.float32, device=random_p.device)[interval]  # (B, 3)
+    keep = torch.tensor(KEEP_TABLE, dtype=torch.float32).to(random_p, non_blocking=True)[interval]  # (B, 3)
     return ConditionMasks(*keep.unbind(dim=1))
 
 
@@ -184,7 +184,7 @@ def class_labels(
     if noise.shape != image_embeds.shape:
         raise ValueError(f"noise {tuple(noise.shape)} and image_embeds {tuple(image_embeds.shape)} must be one shape")
     device = image_embeds.device
-    levels = torch.as_tensor(level, device=device).expand(image_embeds.shape[0])  # (B,)
+    levels = torch.zeros(image_embeds.shape[0], dtype=torch.long, device=device) + level  # (B,)
     mean, std = mean.to(device, torch.float32), std.to(device, torch.float32)
     normalised = (image_embeds.float() - mean) / std  # (B, D)
     noised = add_noise(normalised, noise, levels, alphas_cumprod)  # (B, D)

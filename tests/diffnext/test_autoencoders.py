@@ -284,13 +284,28 @@ def test_levels_that_do_not_exist(config: dict, message: str) -> None:
 def test_clips_that_are_refused(video_vae: Path, shape: tuple[int, ...], message: str) -> None:
     vae = AutoencoderKLOpenSora.from_pretrained(video_vae)
     with pytest.raises(ValueError, match=message):
-        vae.encode(torch.zeros(1, *shape))
+        vae.check_size(*shape[1:])
+    if "px" in message:
+        with pytest.raises(ValueError, match=message):
+            vae.encode(torch.zeros(1, *shape))
 
 
-def test_latents_that_are_refused(video_vae: Path) -> None:
-    vae = AutoencoderKLOpenSora.from_pretrained(video_vae)
+def test_latents_that_are_refused() -> None:
+    tiling = AutoencoderKLOpenSora.tiling
     with pytest.raises(ValueError, match="the end of 6 latent frames would be lost: use 5 or 9"):
-        vae.decode(torch.zeros(1, 4, 6, 2, 2))
+        tiling.check_latents(6)
+    assert [tiling.whole_latents(length) for length in (1, 4, 5, 6, 8, 9, 10, 13)] == [1, 4, 5, 5, 5, 9, 9, 13]
+    assert [AutoencoderKLCogVideoX.tiling.whole_latents(length) for length in (5, 9, 10, 11)] == [5, 5, 10, 10]
+
+
+@torch.no_grad()
+def test_ends_that_fill_no_window_are_dropped_as_in_the_original(video_vae: Path) -> None:
+    vae = AutoencoderKLOpenSora.from_pretrained(video_vae)
+    clip, latents = torch.randn(1, 3, 25, 16, 24), torch.randn(1, 4, 6, 2, 3)
+    parameters, pixels = vae.encode(clip).latent_dist.parameters, vae.decode(latents).sample
+    assert parameters.shape == (1, 8, 5, 2, 3) and pixels.shape == (1, 3, 17, 16, 24)
+    assert torch.equal(parameters, vae.encode(clip[:, :, :17]).latent_dist.parameters)
+    assert torch.equal(pixels, vae.decode(latents[:, :, :5]).sample)
 
 
 def test_images_that_are_refused(image_vae: Path) -> None:

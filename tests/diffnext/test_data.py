@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from common.data import SampleLoader, SamplePlan
 from diffnext.data.annotations import first_sentence, parse_annotation, parse_latents
@@ -117,7 +119,7 @@ def test_a_record_that_does_not_fit(tmp_path: Path, example: dict, text: str) ->
         records.sample(1, Draws())
     with pytest.raises(ValueError, match=r"cannot be trained on:\n.*record 1 .*" + re.escape(text)):
         records.check()
-    assert records.shapes == [(8, 2, 2)] * 2
+    assert list(records.groups()) == [((8, 2, 2), False)] * 2
 
 
 # Data sets
@@ -129,8 +131,8 @@ def test_groups(tmp_path: Path) -> None:
     video = moments((8, 5, 2, 2)) | {"caption": "c", "flow": 1}
     second = write(tmp_path / "videos", [video, video], max_examples=1, flow="float32")
     records = Records(f"{first}, {second}", latent_channels=4, needs_flow=True)
-    assert records.shapes == [*shapes, (8, 5, 2, 2), (8, 5, 2, 2)]
-    assert records.groups() == [(shape, False) for shape in shapes] + [((8, 5, 2, 2), True)] * 2
+    groups = [(shape, False) for shape in shapes] + [((8, 5, 2, 2), True)] * 2
+    assert list(records.groups()) == groups and len(records.groups()) == 5
     assert records.files_of(4) == [second / "00001.data"]
     records.check()
 
@@ -138,12 +140,41 @@ def test_groups(tmp_path: Path) -> None:
 def test_an_unreadable_record_is_grouped_with_most(tmp_path: Path) -> None:
     shapes = [(8, 1, 2), (8, 2, 2), (8, 2, 2)]
     folder = write(tmp_path / "set", [{"moments": b"x"}, *(moments(shape) for shape in shapes)])
-    assert Records(folder, latent_channels=4).shapes == [(8, 2, 2), *shapes]
+    groups = [((8, 2, 2), False), *((shape, False) for shape in shapes)]
+    assert list(Records(folder, latent_channels=4).groups()) == groups
     only = write(tmp_path / "bad", [{"moments": b"x"}])
     with pytest.raises(
         ValueError, match=r"no record can be read; the first: .*bad/00000.data: record 0 .*shape is \(\)"
     ):
-        Records(only, latent_channels=4).groups()
+        list(Records(only, latent_channels=4).groups())
+
+
+class OneOfThree:
+    """A process that reduces with what the others found."""
+
+    num_processes, device = 3, torch.device("cpu")
+
+    def __init__(self, process_index: int, others: Tensor):
+        self.process_index, self.others = process_index, others
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        self.own = tensor
+        return tensor + self.others
+
+
+def test_processes_share_the_reading_for_groups(tmp_path: Path) -> None:
+    shapes = [(8, 1 + i % 2, 2) for i in range(7)] + [(8, 5, 2, 2)]
+    folder = write(tmp_path / "set", [moments(shape) for shape in shapes])
+    records, found = Records(folder, latent_channels=4), torch.zeros(8, 3, dtype=torch.int32)
+    for rank in range(3):
+        process = OneOfThree(rank, torch.zeros(8, 3, dtype=torch.int32))
+        list(records.groups(process))
+        found += process.own
+        assert process.own.any(1).nonzero().ravel().tolist() == [[0, 1], [2, 3, 4], [5, 6, 7]][rank]
+    assert found.tolist() == [[0, 1 + i % 2, 2] for i in range(7)] + [[5, 2, 2]]
+    mine = torch.zeros_like(found)
+    mine[:2] = found[:2]
+    assert list(records.groups(OneOfThree(0, found - mine))) == [(shape, False) for shape in shapes]
 
 
 def loader_of(records: Records, folder: Path, num_workers: int) -> SampleLoader:

@@ -10,6 +10,7 @@ from diffnext.models.generation import (
     GenerationSettings,
     GeneratorDraws,
     SampleDraws,
+    check_length,
     generate,
     num_tokens_per_set,
     sampler_steps,
@@ -208,11 +209,12 @@ def test_numbers_of_steps_are_checked() -> None:
         GenerationSettings(num_diffusion_steps=0)
 
 
-def test_more_frames_than_the_model_has_are_refused(model: NOVATransformer3DModel) -> None:
+def test_more_frames_than_the_model_has_can_be_made_and_are_refused_by_the_check(model: NOVATransformer3DModel) -> None:
+    assert run(model, num_frames=5).shape[2] == 5
     with pytest.raises(ValueError, match="max_latent_length is 5, but this model makes videos of at most 4 latent"):
-        run(model, num_frames=5)
+        check_length(model, 5)
     with pytest.raises(ValueError, match="but this model makes single images"):
-        run(make_model(video_base_size=[1, 2, 3], video_mixer_rank=None), num_frames=2)
+        check_length(make_model(video_base_size=[1, 2, 3], video_mixer_rank=None), 2)
 
 
 def test_pixels_are_cut_off_not_rounded() -> None:

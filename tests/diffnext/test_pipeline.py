@@ -12,8 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.video import load_image, probe_video
+from diffnext.models.parameters import frozen_parameters
 from diffnext.models.text_encoders.phi import PhiEncoderModel
 from diffnext.pipelines import NOVAPipeline, load_components
+from diffnext.pipelines.nova.pipeline_train_t2i import NOVATrainT2IPipeline
+from diffnext.pipelines.nova.pipeline_train_t2v import NOVATrainT2VPipeline
 from diffnext.pipelines.nova_pipeline import fit_image
 from diffnext.utils import export_to_image, export_to_video
 
@@ -42,6 +45,14 @@ def videos(t2v: Path) -> NOVAPipeline:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_pipelines_that_configurations_name(t2v: Path) -> None:
+    for pipeline_class, kind in ((NOVATrainT2IPipeline, "t2i"), (NOVATrainT2VPipeline, "t2v")):
+        model = pipeline_class.from_pretrained(t2v, vae=False, text_encoder=False).transformer
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        everything = {name for name, _ in model.named_parameters()}
+        assert learning == everything - set(frozen_parameters(model, kind)) != everything and model.training
 
 
 # Calls ----------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from trainers import make_diffnext
 
 from diffnext.data.records import RecordWriter
+from diffnext.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffnext.models.autoencoders.base import DecoderOutput
 from diffnext.models.transformers.transformer_nova import NOVATransformer3DModel
 
 CONFIGS = {"t2i": "nova_d48w1024_sdxl1024", "t2v": "nova_d48w1024_osp480"}
@@ -207,6 +209,56 @@ def test_validation_draws_the_prompts(pipelines: dict[str, Path], caches: dict[s
     assert pictures == ["000-frames.png", "000.png", "001-frames.png", "001.png", "sheet.png"]
 
 
+@pytest.mark.parametrize(("dtype", "of_vae"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_validation_computes_in_the_precision_of_the_run_and_goes_on_after_a_bad_result(
+    dtype: torch.dtype, of_vae: torch.dtype, pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    decode, features, seen = AutoencoderKL.decode, NOVATransformer3DModel.image_features, []
+
+    def decode_badly_first(vae: AutoencoderKL, z: torch.Tensor) -> DecoderOutput:
+        seen.append(("decode", torch.is_autocast_enabled("cpu"), z.dtype))
+        output = decode(vae, z).sample
+        return DecoderOutput(output * torch.nan if len(seen) == 2 else output)
+
+    def recorded(model: NOVATransformer3DModel, *arguments: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() and (not seen or seen[-1][0] == "decode"):
+            seen.append(("features", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return features(model, *arguments)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decode_badly_first)
+    monkeypatch.setattr(NOVATransformer3DModel, "image_features", recorded)
+    monkeypatch.setattr("common.runtime.weight_dtype", lambda accelerator: dtype)
+    words = [*words_of("t2i", pipelines, caches, tmp_path / "run"), "training.max_train_steps=1"]
+    words += ["validation.prompts=[a thing, thing 3]", "validation.num_inference_steps=2"]
+    train(*words, "validation.num_diffusion_steps=2", "training.mixed_precision=fp32")
+    assert seen == 2 * [("features", True, dtype), ("decode", False, of_vae)]
+    pictures = sorted(path.name for path in (tmp_path / "run" / "validation" / "step-000001").iterdir())
+    assert pictures == ["001-frames.png", "001.png", "sheet.png"] and (tmp_path / "run" / "export").is_dir()
+    assert "validation at step 1 leaves out 'a thing': the result is not finite: use bf16" in capsys.readouterr().err
+
+
+def test_checkpoints_of_the_original_are_weights_to_begin_with(
+    pipelines: dict[str, Path], caches: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words_of("t2i", pipelines, caches, tmp_path), "training.max_train_steps=1"]
+    for step in (5, 10):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        shutil.copytree(pipelines["t2i"] / "transformer", folder / "transformer")
+    chosen = f"pipeline.paths.module_dict.transformer={folder / 'transformer'}"
+    for wanted in ("latest", str(folder), "checkpoints/checkpoint-10"):
+        with pytest.raises(SystemExit):
+            train(*words, f"experiment.resume_from_checkpoint={wanted}")
+        assert (
+            f"error: {folder} is of the original trainer: weights without optimizer and position. To begin with them, "
+            f"at step 0, give {chosen} and experiment.resume_from_checkpoint=latest;" in capsys.readouterr().err
+        )
+    train(*words, chosen)
+    assert "fresh start at step 0" in capsys.readouterr().err
+    train(*words)  # there is a checkpoint of ours now
+    assert "at step 1, the last one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "text"),
     [
@@ -217,6 +269,13 @@ def test_validation_draws_the_prompts(pipelines: dict[str, Path], caches: dict[s
         ("pipeline.target=diffnext.NoPipeline", "it must be t2i, t2v"),
         ("lr_scheduler.target=StepLR", "choose among ConstantLR"),
         ("training.max_train_stesp=3", "did you mean"),
+        ("pipeline.paths.module_dict.vae=", "leaves out the vae, which says how latents are scaled: name its folder"),
+        ("pipeline.paths.module_dict.tokenizer=", "leaves out the tokenizer, which encodes the texts of the data set"),
+        (
+            "validation.prompts=[a] pipeline.paths.module_dict.text_encoder=",
+            "text_encoder, which encodes validation.pr",
+        ),
+        ("validation.prompts=[a] validation.max_latent_length=99", "99, but this model makes single images"),
     ],
 )
 def test_bad_input_is_refused_at_start(
@@ -224,7 +283,7 @@ def test_bad_input_is_refused_at_start(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     with pytest.raises(SystemExit) as ended:
-        train(*words_of("t2i", pipelines, caches, tmp_path / "run"), word)
+        train(*words_of("t2i", pipelines, caches, tmp_path / "run"), *word.split())
     assert ended.value.code in (1, 2)
     assert text in capsys.readouterr().err
     assert not list(tmp_path.glob("run/checkpoint-*"))

@@ -109,13 +109,14 @@ def test_relative_paths_stay_inside_a_given_root(here, tmp_path):
     assert read_pairs(path, holdout=1).validation[0].render.resolve() == tmp_path / "secret.png"
 
 
-def test_difix_lists_with_a_test_split(here):
+def test_difix_lists_with_a_test_split(here, caplog):
     touch(here, "r.png", "t.png", "c.png")
     item = {"image": "r.png", "target_image": "t.png"}
     splits = {"train": {"a": item | {"ref_image": "c.png", "prompt": "a street"}}, "test": {"b": item, "c": item}}
     pairs = read_pairs(write_json(here / "list.json", splits))
     assert pairs.train == (Pair("a", here / "r.png", here / "t.png", here / "c.png", "a street"),)
     assert pairs.validation == (Pair("b", here / "r.png", here / "t.png"), Pair("c", here / "r.png", here / "t.png"))
+    assert caplog.messages == [f"{here}/list.json: prompts (1) are not used, the refiner takes no text"]
 
 
 def test_difix_lists_without_a_test_split_hold_out_the_last(here):
@@ -129,12 +130,26 @@ def test_difix_lists_without_a_test_split_hold_out_the_last(here):
 def test_too_few_items_for_the_hold_out(here):
     lists = parallel(10)
     touch_all(here, lists)
-    text = problems_of(write_json(here / "list.json", lists))
+    text = problems_of(write_json(here / "list.json", lists), holdout=10)
     assert "it lists 10 items, but the last 10 are held out for validation (data.holdout_items)" in text
     assert "set data.holdout_items to at most 9" in text
     assert "it lists 0 items" in problems_of(write_json(here / "list.json", parallel(0)))
+    text = problems_of(write_json(here / "list.json", {key: paths[:1] for key, paths in lists.items()}))
+    assert "it lists 1 items, but the last 1 are held out" in text and text.endswith("none to train on: add items")
     with pytest.raises(ValueError, match="data.holdout_items is -1, but must be at least 0"):
         read_pairs(here / "list.json", holdout=-1)
+
+
+@pytest.mark.parametrize(("num_items", "num_train"), [(2, 1), (5, 1), (10, 1), (11, 1), (12, 2)])
+def test_of_short_lists_one_item_is_left(here, caplog, num_items, num_train):
+    lists = parallel(num_items)
+    touch_all(here, lists)
+    path = write_json(here / "list.json", lists)
+    pairs = read_pairs(path)
+    assert [pair.render.name for pair in pairs.train] == [f"{n:04d}.png" for n in range(num_train)]
+    assert [pair.render.name for pair in pairs.validation] == [f"{n:04d}.png" for n in range(num_train, num_items)]
+    warning = f"{path} lists {num_items} items: all but one are held out for validation; set data.holdout_items"
+    assert caplog.messages == ([warning] if num_items <= 10 else [])
 
 
 def test_missing_list_names_the_working_directory_and_the_key(here):
@@ -283,7 +298,7 @@ def test_sample_is_a_function_of_index_and_generator(pairs):
 def test_sample_without_cond_is_zeros(pairs):
     sample = RefinerDataset(pairs).sample(1, np.random.default_rng(0))
     assert not sample["has_cond"] and sample["prompt_img"].shape == (3, 480, 480)
-    assert not sample["prompt_img"].any() and not sample["cond_u8"].any()
+    assert not sample["prompt_img"].any() and not np.any(sample["cond_u8"])
     np.testing.assert_array_equal(sample["render"], sample["gt"])  # the target is the render with an alpha channel
 
 
@@ -306,9 +321,8 @@ def test_flip_mirrors_all_three_images(pairs):
         states.add(mirrored)
         for key in ("render", "gt", "prompt_img"):
             np.testing.assert_array_equal(actual[key], expected[key][:, :, ::-1] if mirrored else expected[key])
-        np.testing.assert_array_equal(
-            actual["cond_u8"], expected["cond_u8"][:, ::-1] if mirrored else expected["cond_u8"]
-        )
+        crop = np.asarray(expected["cond_u8"])
+        np.testing.assert_array_equal(actual["cond_u8"], crop[:, ::-1] if mirrored else crop)
     assert states == {True, False}
 
 
@@ -336,7 +350,7 @@ def test_small_windows(pairs):
     assert dataset.sample(0, np.random.default_rng(0))["gt"].shape == (3, 64, 64)
     batch = collate([dataset.sample(i, np.random.default_rng(0)) for i in (0, 1)])  # one size in both buckets
     assert batch["render"].shape == (2, 3, 64, 64) and batch["has_cond"].tolist() == [True, False]
-    assert batch["cond_u8"].shape == (2, 64, 64, 3)
+    assert [image.size for image in batch["cond_u8"]] == [(64, 64)] * 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from diffusers import DDPMScheduler
 from lpips import LPIPS
 from PIL import Image
 
@@ -29,11 +30,11 @@ from gaussian_refiner.infer import (
     main,
     measure,
 )
-from gaussian_refiner.models.components import embed_images
+from gaussian_refiner.models.components import embed_images, load_components
 from gaussian_refiner.models.denoise import decode, denoise, encode
 from gaussian_refiner.models.objective import class_labels
 from gaussian_refiner.models.unet import load_unet
-from gaussian_refiner.repair import Frame, encode_frames
+from gaussian_refiner.repair import Frame, encode_frames, sampling
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--height_px", "64", "--num_inference_steps", "2", "--device", "cpu")
@@ -205,7 +206,7 @@ def test_other_modes_and_odd_sizes(run, tmp_path, name, content):
         assert repaired.size == (41, 33) and repaired.mode == "RGB"
 
 
-def test_parity_samples_as_the_original(run, images, tmp_path, monkeypatch, capsys):
+def test_parity_samples_as_the_original(run, checkpoint, images, tmp_path, monkeypatch, capsys):
     seen = {}
 
     def record(unet, cache, scheduler, *, render_latents, **options):
@@ -213,10 +214,27 @@ def test_parity_samples_as_the_original(run, images, tmp_path, monkeypatch, caps
         return render_latents
 
     monkeypatch.setattr(repair_module, "denoise", record)
-    run("--input", images / "renders/a.png", "--output_dir", tmp_path / "out.png", "--parity", "--seed", 3)
+    job = ("--input", images / "renders/a.png", "--reference", images / "references/a.png")
+    run(*job, "--output_dir", tmp_path / "out.png", "--parity", "--seed", 3)
     assert (seen["num_inference_steps"], seen["guidance_scale"], seen["guidance_rescale"]) == (20, 10.0, 0.0)
     assert seen["null_kinds"] == ("text", "clip") and not torch.equal(*seen["text"])
+    noise = draw_normal(3, "validation image embedding noise", [0], (2, 12))[0]  # both rows of the pair: (2, D)
+    assert not torch.equal(*noise)
+    sigma = (1 - DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod[0]).sqrt()
+    difference = (seen["class_labels"][1] - seen["class_labels"][0])[:12]
+    std = load_components(str(checkpoint)).image_normalizer.std[0].detach()
+    torch.testing.assert_close(difference, sigma * std * (noise[1] - noise[0]), atol=1e-5, rtol=0)
     assert "--num_inference_steps has no effect: parity is True, not False" in capsys.readouterr().err
+
+
+def test_a_rescale_without_guidance_is_named(caplog):
+    text = torch.zeros(1, 77, 16), torch.zeros(2, 77, 16)
+    for flags in ((), ("--guidance_scale", "1"), ("--guidance_rescale", "0.3")):
+        sampling(PARSER.parse(["--input", "a", "--output_dir", "b", "--model", "c", *flags])[0].sampling, *text)
+    assert caplog.messages == []
+    flags = ("--guidance_scale", "1", "--guidance_rescale", "0.3")
+    sampling(PARSER.parse(["--input", "a", "--output_dir", "b", "--model", "c", *flags])[0].sampling, *text)
+    assert caplog.messages == ["guidance_rescale 0.3 has no effect: guidance_scale is 1"]
 
 
 # Windows --------------------------------------------------------------------------------------------------------------
@@ -321,6 +339,20 @@ def test_results_that_are_not_finite_are_not_written(run, images, tmp_path, caps
     text = problem(capsys, run, "--input", images / "renders/a.png", "--output_dir", tmp_path / "out.png")
     assert "the result is not finite: use --mixed_precision bf16 or no" in text
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_too_little_memory_names_the_batch_size(run, images, tmp_path, capsys, monkeypatch):
+    def out_of_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(repair_module, "decode", out_of_memory)
+    flags = ("--input", images / "renders", "--output_dir", tmp_path / "out", "--batch_size", 2)
+    text = problem(capsys, run, *flags)
+    assert (
+        "error: cpu ran out of memory with a batch_size of 2: lower it or height_px, leave out --full_frame, or use a "
+        "half --mixed_precision. torch says: CUDA out of memory. Tried to allocate 20 GiB." in text
+    )
+    assert "Traceback" not in text
 
 
 # Lists and metrics ----------------------------------------------------------------------------------------------------
@@ -560,7 +592,7 @@ def test_weights_of_the_original_trainer_load(checkpoint, trained, suffix):
 
 
 def test_an_export_needs_no_other_unet(checkpoint, trained, images, run, tmp_path):
-    load("--model", checkpoint, "--unet", trained).components.pipeline().save_pretrained(tmp_path / "export")
+    load_components(str(checkpoint), unet_source=str(trained)).pipeline().save_pretrained(tmp_path / "export")
     job = ["--input", str(images / "renders/a.png"), *SMALL]
     main([*job, "--output_dir", "exported.png", "--model", str(tmp_path / "export")])
     run("--input", images / "renders/a.png", "--output_dir", "given.png")

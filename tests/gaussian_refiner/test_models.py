@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from gaussian_refiner.config import RefinerLoss
+from gaussian_refiner.models.components import load_components
 from gaussian_refiner.models.denoise import decode, denoise, encode, window_offsets
 from gaussian_refiner.models.objective import (
     ObjectiveSettings,
@@ -32,6 +35,7 @@ from gaussian_refiner.models.self_mutual_attention import (
     install_self_mutual_attention,
 )
 from gaussian_refiner.models.unet import load_unet, widen_conv_in
+from gaussian_refiner.task import draw, objective_settings
 
 KEYS_DIR = Path(__file__).resolve().parents[3] / "shared" / "specs" / "keys"
 EMBED = 12  # width of the tiny image embedding
@@ -762,3 +766,81 @@ def test_sampling_arguments_are_checked(changes: dict[str, Any], message: str) -
 def test_cached_sampling_names_a_unet_that_was_not_prepared() -> None:
     with pytest.raises(ValueError, match="the conditioning cache is empty: .* install_self_mutual_attention"):
         denoise(tiny_unet(in_channels=8), CondCache(), PNDM, **sampling_inputs())
+
+
+# What a run draws and is told.
+
+
+def test_unused_numbers_are_not_drawn_and_change_no_others() -> None:
+    sizes = (7, [3, 5], (4, 8, 8), EMBED, 1000)
+    every = draw(ObjectiveSettings(noise_offset=0.1, input_perturbation=0.1), *sizes)
+    few = draw(ObjectiveSettings(condition_dropout_prob=None), *sizes)
+    optional = ("random_p", "offset_noise", "perturb_noise")
+    assert [getattr(few, name) for name in optional] == [None] * 3
+    assert [tuple(getattr(every, name).shape) for name in optional] == [(2,), (4, 4, 1, 1), (4, 4, 8, 8)]
+    for name in ("image_embed_noise", "noise", "timesteps"):
+        assert torch.equal(getattr(few, name), getattr(every, name)), name
+
+
+def test_dropout_that_does_not_fit_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    objective_settings(RefinerLoss(condition_dropout_prob=1 / 7), "epsilon")
+    objective_settings(RefinerLoss(condition_dropout_prob=0.2, use_classifier_free_guidance=False), "epsilon")
+    assert caplog.messages == []
+    settings = objective_settings(RefinerLoss(condition_dropout_prob=0.2), "epsilon")
+    assert settings.condition_dropout_prob == 0.2
+    (message,) = caplog.messages
+    assert message.startswith("condition_dropout_prob 0.2 is above 1/7: the seven ways to drop do not fit into one")
+
+
+# The checkpoint's components.
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint of its own to change."""
+    return shutil.copytree(checkpoint, tmp_path / "checkpoint")
+
+
+def weights_of(folder: Path) -> Path:
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
+def test_components_of_half_precision_files_are_in_float32(copied: Path) -> None:
+    for name in ("image_encoder", "image_normalizer", "text_encoder", "unet", "vae"):
+        path = weights_of(copied / name)
+        save_file({key: value.half() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+        config = json.loads((copied / name / "config.json").read_text())
+        config.pop("dtype", None)
+        (copied / name / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    components = load_components(str(copied))
+    for name in ("image_encoder", "image_normalizer", "text_encoder", "unet", "vae"):
+        assert {p.dtype for p in getattr(components, name).parameters()} == {torch.float32}, name
+
+
+def test_a_variant_reaches_all_that_have_it(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("image_encoder", "image_normalizer", "unet", "vae"):
+        path = weights_of(copied / name)
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    load_components(str(copied), variant="fp16")
+    warned = [message for message in caplog.messages if "variant" in message]
+    assert warned == [f"{copied} has no text encoder of variant fp16: the one without is taken"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("image_encoder", None, "the image encoder cannot be loaded from {} (Error no file named model.safetensors"),
+        ("image_encoder", b"torn", "the weights of the image encoder in {} are damaged, or of another network ("),
+        ("text_encoder", b"torn", "the weights of the text encoder in {} are damaged, or of another network ("),
+        ("vae", None, "the vae cannot be loaded from {} (Error no file named diffusion_pytorch_model.bin"),
+        ("vae", b"torn", "the vae cannot be loaded from {} (Unable to load weights from checkpoint file"),
+        ("unet", b"torn", "{}/diffusion_pytorch_model.safetensors was refused: it is damaged"),
+    ],
+)
+def test_incomplete_and_torn_components_are_named(copied: Path, name: str, content: bytes | None, message: str) -> None:
+    path = weights_of(copied / name)
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError)) as error:
+        load_components(str(copied))
+    assert str(error.value).startswith(message.format(copied / name))

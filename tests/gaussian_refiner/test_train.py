@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from running import metrics
 from safetensors.torch import load_file
+
+from common.metrics import psnr
+from gaussian_refiner.repair import repair_frames
 
 ENTRY = Path(__file__).parents[2] / "gaussian_refiner" / "train_repair_cross_attn_version.py"
 # What the guide's commands are given beside their own flags, so that they end soon on small windows.
@@ -151,7 +155,8 @@ def test_bad_input_is_told_what_to_change(
     assert "render 16, gt 16, cond 13" in message
     message = refused(capsys, *listed("missing", gt=["nowhere.png", *pairs["gt"][1:]]))
     assert "1 files are missing" in message and "nowhere.png" in message
-    message = refused(capsys, *listed("few", **{key: values[:10] for key, values in pairs.items()}))
+    few = listed("few", **{key: values[:10] for key, values in pairs.items()})
+    message = refused(capsys, *few, "--holdout_items", "10")
     assert "lists 10 items" in message and "data.holdout_items" in message
     message = refused(capsys, *good, "--data_json", "nothing.json")
     assert "nothing.json was not found; tried" in message and "set --data_json" in message
@@ -201,6 +206,49 @@ def test_too_little_memory_names_phase_and_knobs(
         "cpu ran out of memory in phase forward of step 0, with micro-batches of 2: lower train_batch_size" in message
     )
     assert "--gradient_checkpointing" in message and "Tried to allocate 20 GiB" in message
+
+
+def test_held_out_items_that_cannot_be_measured_are_left_out(
+    tmp_path: Path,
+    in_data_folder: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of three: a file that cannot be read, a repair that is not finite, and a good one."""
+    pairs = json.loads(Path("example_kitti.json").read_text())
+    bad = in_data_folder / f"{tmp_path.name}.png"
+    bad.write_bytes((in_data_folder / pairs["gt"][6]).read_bytes()[:2000])
+    pairs["gt"][6] = bad.name
+    Path(f"{tmp_path.name}.json").write_text(json.dumps(pairs))
+
+    def repair(*arguments: Any, numbers: list[int], **options: Any) -> torch.Tensor:
+        images = repair_frames(*arguments, numbers=numbers, **options)
+        return images * float("nan") if numbers == [1] else images
+
+    monkeypatch.setattr("gaussian_refiner.task.repair_frames", repair)
+    flags = ["--pretrained_model_name_or_path", str(checkpoint), "--data_json", f"{tmp_path.name}.json"]
+    flags += ["--max_train_steps", "1", "--validate_at_start", "no"]
+    train(*flags, "--output_dir", str(tmp_path / "run"), "--max_validation_items", "3")
+    said = capsys.readouterr().err
+    assert f"held-out item 000006_0006 is left out of the validation after step 1: {bad}: " in said
+    assert "held-out item 000007_0007 is left out of the validation after step 1: {'psnr': nan, " in said
+    folder = tmp_path / "run/validation/step-000001"
+    assert sorted(path.name for path in folder.glob("0*")) == [
+        f"002-{kind}.png" for kind in ("cond", "gt", "render", "repaired")
+    ]
+    assert Image.open(folder / "sheet.png").height < 2 * 256  # one row
+    images = {
+        kind: torch.from_numpy(np.array(Image.open(folder / f"002-{kind}.png"))).permute(2, 0, 1)[None] / 255
+        for kind in ("gt", "render", "repaired")
+    }  # (1, 3, H, H) each
+    record = metrics(tmp_path / "run")[-1]
+    assert record["psnr"] == pytest.approx(psnr(images["repaired"], images["gt"]).item(), abs=0.05)
+    assert record["psnr_render"] == pytest.approx(psnr(images["render"], images["gt"]).item(), abs=0.05)
+
+    train(*flags, "--output_dir", str(tmp_path / "none"), "--max_validation_items", "2")
+    assert [record["kind"] for record in metrics(tmp_path / "none")] == ["train"]
+    assert (tmp_path / "none" / "export").is_dir()
 
 
 def test_corrupt_images_are_replaced_and_recorded(

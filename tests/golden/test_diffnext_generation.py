@@ -1,5 +1,6 @@
 """Text encoder, guidance and generation of NOVA against the recorded vectors."""
 
+import re
 from types import SimpleNamespace
 
 import diffusers
@@ -52,7 +53,7 @@ def test_phi(vectors: Vectors) -> None:
     vectors.check("text_embed", embed(rows))
     draws = vectors["encode_prompts_train_draws"]
     repeated = prompts * (len(draws) // len(prompts))
-    dropped = (draws < 0.1).tolist()
+    dropped = (draws < float(re.search(r"draw < ([\d.]+)", vectors.config["train_prompts"])[1])).tolist()
     vectors.check("encode_prompts_train", text_rows(repeated, embed, phi, tokenizer, dropped))
 
 

@@ -216,9 +216,10 @@ def test_half_precision_schedule_differs_from_ours(vectors: Vectors, dtype: torc
     assert error < upstream_error, f"float32 schedule errs by {error}, the rounded one by {upstream_error}"
 
 
-@golden.by_case(TRAINER, "snr_loss*.safetensors", r"out\.(g[^.]+\.[^.]+)\.upstream_loss")
+@golden.by_case(TRAINER, "snr_loss*.safetensors", r"out\.(g.+\.(?:epsilon|v_prediction))\.upstream_loss")
 def test_snr_weights(vectors: Vectors, case: str) -> None:
-    gamma, prediction_type = float(case.split(".")[0][1:]), case.split(".")[1]
+    gamma_text, prediction_type = case.rsplit(".", 1)
+    gamma = float(gamma_text.removeprefix("g"))
     alphas_cumprod = scheduler_of(vectors.config["scheduler"]).alphas_cumprod
     timesteps = vectors["in.timesteps"]
     vectors.check("out.snr_target", signal_to_noise(timesteps, alphas_cumprod))

@@ -81,26 +81,27 @@ class VideoAutoencoder(Autoencoder):
     def encode(self, x: Tensor) -> EncoderOutput:
         """Pixels (B, 3, T, H, W) in [-1, 1] -> posterior with parameters (B, 2 C, t, h, w); without T no t.
 
+        With windows, frames at the end that fill none are dropped (see `TemporalTiling`); `check_size` refuses them.
+
         Raises:
-            ValueError: sizes that are not whole latents, see `check_size`.
+            ValueError: sizes that are not whole latents.
         """
         clips = x.unsqueeze(2) if x.dim() == 4 else x  # (B, 3, T, H, W)
-        self.check_size(*clips.shape[2:])
         if self.tiling is not None:
+            super().check_size(*clips.shape[2:])
             parameters = self.tiling.encode(self._encode, clips)  # (B, 2 C, t, h, w)
         else:
+            self.check_size(*clips.shape[2:])
             parameters = self._encode(clips)  # (B, 2 C, t, h, w)
         return self._posterior(parameters.squeeze(2) if x.dim() == 4 else parameters)
 
     def decode(self, z: Tensor) -> DecoderOutput:
         """Latents (B, C, t, h, w) -> pixels (B, 3, T, H, W); without t no T.
 
-        Raises:
-            ValueError: the number of latent frames is no whole number of windows.
+        With windows, latents at the end that fill none are dropped; `tiling.check_latents` refuses them.
         """
         latents = z.unsqueeze(2) if z.dim() == 4 else z  # (B, C, t, h, w)
         if self.tiling is not None:
-            self.tiling.check_latents(latents.shape[2])
             pixels = self.tiling.decode(self._decode, latents)  # (B, 3, T, H, W)
         else:
             pixels = self._decode(latents)  # (B, 3, T, H, W)

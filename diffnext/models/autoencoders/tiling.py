@@ -13,7 +13,7 @@ class TemporalTiling:
 
     Windows overlap by `overlap_frames` when they are encoded, and by `overlap_latents` when they are decoded. From the
     second window on, that many latents and frames are dropped at the front, the other way round. What is at most one
-    window long is coded as a whole.
+    window long is coded as a whole; of what is longer, a tail that fills no window is dropped, as in the original.
     """
 
     window_frames: int = 17
@@ -28,6 +28,11 @@ class TemporalTiling:
     def decode(self, decode: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         """Latents (B, C, t, h, w) -> (B, 3, T, H, W) with `decode` for windows."""
         return _by_windows(decode, z, self.window_latents, self.overlap_latents, self.overlap_frames)
+
+    def whole_latents(self, num_latents: int) -> int:
+        """How many of so many latent frames are decoded."""
+        window, stride = self.window_latents, self.window_latents - self.overlap_latents
+        return num_latents - max(0, num_latents - window) % stride
 
     def check_frames(self, num_frames: int, factor: int) -> None:
         """Raises ValueError, which names the nearest lengths that do, for clips whose end would be lost.
@@ -47,7 +52,8 @@ class TemporalTiling:
 def _by_windows(code: Callable[[Tensor], Tensor], x: Tensor, window: int, overlap: int, dropped: int) -> Tensor:
     if x.shape[2] <= window:
         return code(x)
-    parts = [code(x[:, :, start : start + window]) for start in range(0, x.shape[2] - overlap, window - overlap)]
+    starts = range(0, x.shape[2] - window + 1, window - overlap)
+    parts = [code(x[:, :, start : start + window]) for start in starts]
     return torch.cat([parts[0], *(part[:, :, dropped:] for part in parts[1:])], dim=2)
 
 
