@@ -57,7 +57,7 @@ class PreparedClips(CachedItems[FixedCuts]):
     """A data set that reads prepared clips; it draws the same cut as `FixedCuts` does from the same rng."""
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """What `FrontEnd.encode` returns, for one clip; `cut`; with noise sets `noise_sets` (S, F', 16, h, w)."""
+        """What `FrontEnd.encode` returns, for one clip, and `cut`; `noise_sets` (S, F', 16, h, w) instead of `flow`."""
         place = self.dataset.draw_place(rng)
         key = self.dataset.key_of(index, place)
         return {**self.entry(key, lambda: self.dataset.item(index, place)), "cut": place}
@@ -67,7 +67,7 @@ def fingerprint(front_end: FrontEnd, config: GGIConfig, dataset: SceneDataset) -
     """What the prepared values follow from, beside the images themselves."""
     networks = {name: getattr(front_end, name) for name in ("vae", "text_encoder", "raft", "hed", "midas")}
     return {
-        "format": 1,
+        "format": 2 if config.data.noise_sets else 1,  # 1 had the flow beside noises, which the list's order decided
         **{f"{name}_sha256": digest_of_weights(network) for name, network in networks.items() if network is not None},
         "precision": str(front_end.vae.dtype),
         "tiling": config.model.enable_tiling,
@@ -99,8 +99,9 @@ def build(
     def encode(index: int, place: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
         entry = prepare(front_end, item)
         if sets:
-            seeds = [set_seed(int(config.run.seed or 0), index, place, number) for number in sets]
-            flow = entry["flow"].to(front_end.vae.device).expand(len(sets), *entry["flow"].shape)
+            seeds = [set_seed(int(config.run.seed or 0), item["scene"], place, number) for number in sets]
+            flow = entry.pop("flow")  # (T, 2, h, w), a third of the entry, and for the noise alone
+            flow = flow.to(front_end.vae.device).expand(len(sets), *flow.shape)  # (S, T, 2, h, w)
             entry["noise_sets"] = warped_noise(flow, seeds, num_latent_frames, config.loss)
         return entry
 

@@ -23,6 +23,7 @@ TRACKER_PROJECT = "cogvideox-sft"
 RAFT_MIN_PX = 256  # the flow is found at half the size, where RAFT takes no less than 128
 REPEATED_FRAMES = 3  # of the last one, so that the last latent frame is a still
 BASE_LORA = "training_ggi/lora_models/I2V5B_final_i38800_nearest_lora_weights.safetensors"
+HED_WEIGHTS = "training_ggi/annotators/ControlNetHED.pth"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +107,17 @@ class GGIModel(HubModelConfig):
         64.0, "scale of the new LoRA times its rank", above=0, state=True, needs="train_mode=lora"
     )
     gradient_checkpointing: bool = option(True)
-    enable_slicing: bool = option(False, "encode one clip at a time")
+    enable_slicing: bool = option(True, "encode one clip at a time")
     enable_tiling: bool = option(True, "encode in overlapping tiles: less memory, slightly other latents")
     ignore_learned_positional_embeddings: bool = option(
         False, "do without the table that holds for 49 frames of 480 x 720 alone", state=True
     )
-    raft_weights: str | None = option(None, "RAFT weights (raft_large_C_T_SKHT_V2); null looks in torch hub's cache")
-    hed_weights: str = option("training_ggi/annotators/ControlNetHED.pth", "weights of HED, of lllyasviel/Annotators")
+    raft_weights: str | None = option(
+        None, "RAFT weights (raft_large_C_T_SKHT_V2); null takes torch hub's, which are downloaded if absent"
+    )
+    hed_weights: str = option(
+        HED_WEIGHTS, "weights of HED, of lllyasviel/Annotators; if absent, the default one is downloaded"
+    )
     midas_path: str = option("Intel/dpt-hybrid-midas", "depth network: a folder or a hub id")
 
 
@@ -128,6 +133,12 @@ class GGILoss:
     )
 
 
+_NO_BACKEND = (
+    "not offered; to save memory, use_8bit_adam keeps the optimizer in 8 bits, and accelerate_configs/fsdp2.yaml "
+    "spreads train_mode full over the GPUs"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GGIOptim(OptimConfig):
     learning_rate: float = option(5e-5)
@@ -138,7 +149,18 @@ class GGIOptim(OptimConfig):
         "cosine_with_restarts", "learning-rate schedule; the original ran `constant`, whatever its file said"
     )
     lr_warmup_steps: int = option(800)
-    optimizer: Literal["adamw"] = option("adamw", "the only one")
+    optimizer: Literal["adamw", "adam"] = option("adamw", "adam adds weight decay to the gradient", state=True)
+    use_4bit: bool = option(False, _NO_BACKEND)
+    use_torchao: bool = option(False, _NO_BACKEND)
+    use_cpu_offload_optimizer: bool = option(False, _NO_BACKEND)
+    offload_gradients: bool = option(False, _NO_BACKEND)
+
+    def __post_init__(self) -> None:
+        backends = ("use_4bit", "use_torchao", "use_cpu_offload_optimizer", "offload_gradients")
+        if asked := [name for name in backends if getattr(self, name)]:
+            raise ValueError(f"{', '.join(asked)}: {_NO_BACKEND}")
+        if self.optimizer == "adam" and self.use_8bit_adam:
+            raise ValueError("use_8bit_adam is AdamW: leave it out, or set optimizer to adamw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +224,6 @@ ALIASES = {
 }
 
 _LEFT_OVER = "a left-over of the script that the original grew from"
-_BACKEND = "AdamW in float32 or 8 bits are the choices; FSDP2 spreads its state over GPUs"
 IGNORED = {
     "video_reshape_mode": "clips are always cut at random",
     "load_tensors": "use cache_latents",
@@ -214,10 +235,6 @@ IGNORED = {
     "skip_frames_end": _LEFT_OVER,
     "pin_memory": "batches are moved while the GPU computes",
     "beta3": "it belongs to optimizers that are not offered",
-    "use_4bit": _BACKEND,
-    "use_torchao": _BACKEND,
-    "use_cpu_offload_optimizer": _BACKEND,
-    "offload_gradients": _BACKEND,
     "prodigy_decouple": "Prodigy is not offered",
     "prodigy_use_bias_correction": "Prodigy is not offered",
     "prodigy_safeguard_warmup": "Prodigy is not offered",

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DATASET_FOLDER = "DL3DV-10K"
 IMAGE_FOLDER = "images_2"  # 1920x1080, half of what was filmed
+CAPTIONS = "captions.json"
 NUM_FRAMES = 46  # read of a scene; the last one is repeated up to 49
 IO_THREADS = 16
 SHOWN_PROBLEMS = 5
@@ -64,7 +65,7 @@ class Scenes:
 def read_scenes(
     data_root: str | Path,
     dataset_file: str | Path | None = "seeds.txt",
-    prompt_file: str | Path | None = "captions.json",
+    prompt_file: str | Path | None = CAPTIONS,
     *,
     image_folder: str = IMAGE_FOLDER,
     num_validation_scenes: int = 0,
@@ -72,8 +73,8 @@ def read_scenes(
 ) -> Scenes:
     """The scenes of a list, in its order: the last ones are held out, the others trained on.
 
-    Both files are looked for in `data_root`, then in the working directory. Scenes without a caption get the empty
-    prompt, and one warning counts them.
+    Both files are looked for in `data_root`, then in the working directory. Scenes without images are left out, as the
+    list is of more than most people download; those without a caption get the empty prompt. One warning counts each.
 
     Args:
         dataset_file: None takes every scene of the folder, in alphabetic order.
@@ -84,7 +85,7 @@ def read_scenes(
 
     Raises:
         FileNotFoundError: the folder or a file is not there.
-        ValueError: all problems together: unusable files, scenes that are missing or have no images, too few scenes.
+        ValueError: a file is unusable, or too few scenes have images.
     """
     if num_validation_scenes < 0:
         raise ValueError(f"data.num_validation_scenes is {num_validation_scenes}, but must be at least 0")
@@ -95,15 +96,15 @@ def read_scenes(
     prompts = {} if prompt_file is None else read_captions(root, prompt_file)
     with ThreadPoolExecutor(IO_THREADS) as pool:  # on network file systems the latency of each look-up adds up
         found = list(pool.map(lambda name: find_image_folder(root / name, image_folder), names))
-    problems = _describe_missing(names, found)
-    if len(names) <= num_validation_scenes:
-        problems.append(
-            f"there are {len(names)} scenes, but the last {num_validation_scenes} are held out for validation "
-            "(data.num_validation_scenes), which leaves none to train on"
+    missing = _describe_missing(names, found)
+    scenes = [Scene(name, each) for name, each in zip(names, found, strict=True) if isinstance(each, Path)]
+    if len(scenes) <= num_validation_scenes:
+        raise ValueError(
+            f"{root.absolute()}: {len(scenes)} scenes have images, and the last {num_validation_scenes} are held out "
+            f"for validation (data.num_validation_scenes), which leaves none to train on{missing and f'; {missing}'}"
         )
-    if problems:
-        raise ValueError(f"{root.absolute()}:" + "".join(f"\n  - {problem}" for problem in problems))
-    scenes = [Scene(name, Path(folder)) for name, folder in zip(names, found, strict=True)]
+    if missing:
+        logger.warning("%s: these are left out: %s", root.absolute(), missing)
     scenes = [Scene(scene.name, scene.folder, prompts.get(scene.scene_id, "")) for scene in scenes]
     lacking = [scene for scene in scenes if not scene.prompt]
     if prompt_file is not None and lacking:
@@ -177,25 +178,29 @@ def find_image_folder(scene_folder: Path, image_folder: str = IMAGE_FOLDER) -> P
     return f"holds no folder {image_folder}, but {' and '.join(folders)}: choose one with data.image_folder"
 
 
-def _describe_missing(names: Sequence[str], found: Sequence[Path | str]) -> list[str]:
+def _describe_missing(names: Sequence[str], found: Sequence[Path | str]) -> str:
     missing = [(name, reason) for name, reason in zip(names, found, strict=True) if isinstance(reason, str)]
     if not missing:
-        return []
+        return ""
     lines = "".join(f"\n      {name}: {reason}" for name, reason in missing[:SHOWN_PROBLEMS])
     more = len(missing) - SHOWN_PROBLEMS
-    return [
+    return (
         f"{len(missing)} of {len(names)} scenes have no images (`python scripts/doctor.py scenes DATA_ROOT` lists "
         f"those that can be used, for data.dataset_file):{lines}"
         + (f"\n      ... and {more} more like these" if more > 0 else "")
-    ]  # fmt: skip
+    )
 
 
 def read_captions(root: Path, prompt_file: str | Path) -> dict[str, str]:
-    """Captions by scene id. Raises FileNotFoundError, or ValueError for a file that is no object of texts."""
-    path = _locate(
-        root, prompt_file, "data.prompt_file",
-        "scripts/caption_dl3dv.py writes one, and data.use_captions=false trains without",
-    )  # fmt: skip
+    """Captions by scene id. Raises FileNotFoundError, or ValueError for a file that is no object of texts.
+
+    The original's settings name `prompts.json`, which it never read: where there is none, `captions.json` is meant.
+    """
+    remedy = "scripts/caption_dl3dv.py writes one, and data.use_captions=false trains without"
+    if str(prompt_file) == "prompts.json" and not any((place / prompt_file).is_file() for place in (root, Path.cwd())):
+        logger.warning("data.prompt_file is prompts.json, which does not exist: %s is read instead", CAPTIONS)
+        prompt_file = CAPTIONS
+    path = _locate(root, prompt_file, "data.prompt_file", remedy)
     try:
         captions = json.loads(_read_text(path, "data.prompt_file"))
     except ValueError as error:

@@ -123,7 +123,8 @@ def write_upstream(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
     transformer, model = load_trained(trained, dtype), trained.model
     if trained.mode == "lora":
         lora, base = base_lora_of(trained, transformer), folder_or_id(model.pretrained_model_name_or_path)
-        export_upstream(transformer, folder, base=base, revision=model.revision, base_lora=lora, dtype=dtype)
+        hub = {"revision": model.revision, "variant": model.variant, "cache_dir": model.cache_dir}
+        export_upstream(transformer, folder, base=base, **hub, base_lora=lora, dtype=dtype)
         rank = lora.rank
     else:
         export_upstream(transformer, folder, dtype=dtype)

@@ -14,6 +14,7 @@ segment's name, and in a chain from the segments before; not from the number of 
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ from training_ggi.segments import (
 )
 from training_ggi.trained import Trained, find_trained, load_trained
 
+logger = logging.getLogger(__name__)
+
 RECORD, CLIP, LAST = "clip.json", "clip.mp4", "last.png"
 BY_FLAGS = ("first", "last", "edges", "flow", "noise")
 
@@ -74,7 +77,7 @@ class InferData:
     noise: str | None = option(
         None, "in place of flow: .npy (frames, h, w, 16) of warped noise, as --write_noise gives"
     )
-    prompt: str = option("", "what the clips show")
+    prompt: str = option("", "what the clips show; without it there is no guidance, which varies the prompt")
     prompts: str | None = option(None, "json file of prompts by segment; others get --prompt")
     output_dir: str | None = option(None, "folder for results, one folder per segment in it; required")
     chain: bool = option(True, "start each arc from the last generated frame of the one before", needs="input")
@@ -250,7 +253,7 @@ def load_model(config: InferConfig, prompts: Sequence[str], device: torch.device
     )
     hub = {"revision": revision, "variant": settings.variant, "cache_dir": cache_dir}
     tokenizer = load_tokenizer(base, revision, cache_dir)
-    text_encoder = load_text_encoder(base, **hub).to(device, dtype)
+    text_encoder = load_text_encoder(base, **hub, dtype=dtype).to(device)
     prompt_embeds = {each: encode_prompts(tokenizer, text_encoder, [each]) for each in {"", *prompts}}
     del text_encoder
     transformer = load_trained(trained, dtype, fuse_lora=True).to(device, dtype)
@@ -340,6 +343,14 @@ def infer(config: InferConfig, processes: Processes, dtype: torch.dtype) -> dict
     segments = [segment for chain in chains for segment in chain]
     prompts = read_prompts(config.data, segments)
     todo = missing(segments, prompts, config)
+    silent = sum(not prompts[name] for name in todo)
+    if silent and processes.is_main_process:
+        logger.warning(
+            "%d of %d segments have no prompt, so that guidance changes nothing and is left out: describe what they "
+            "show by --prompt or --prompts (the original asked BLIP-2 for a caption of the first image)",
+            silent,
+            len(todo),
+        )
     tools.say_kept(len(segments) - len(todo), len(segments), "segment", processes)
     unfinished = [chain for chain in chains if any(segment.name in todo for segment in chain)]
     mine = {each.name: each for chain in tools.share_of(unfinished, processes) for each in chain if each.name in todo}

@@ -49,7 +49,8 @@ def generate_clip(
         prompt_embeds: (B, tokens, D).
         empty_prompt_embeds: (1, tokens, D), for guidance.
         noise: (B, F', C, h, w) of unit variance: what sampling starts from.
-        guidance_scale: classifier-free guidance, which varies the prompt alone; 1 is off and takes half the time.
+        guidance_scale: classifier-free guidance, which varies the prompt alone; 1 is off and takes half the time, as do
+            empty prompts, for which guidance changes nothing.
         use_dynamic_cfg: raise guidance from 1 to 1 + guidance_scale over the steps, most of it late.
         scheduler_config: of the base pipeline, with `_class_name`.
         generators: one per clip, for the latents of images and edges and what a stochastic sampler draws; None takes
@@ -69,7 +70,8 @@ def generate_clip(
     )  # (B, 1, C, h, w) twice, (B, F', C, h, w)
     conditions = end_image_latents(first, last, noise.shape[1]), cond  # (B, F', C, h, w) each
     empty = empty_prompt_embeds.to(prompt_embeds).expand_as(prompt_embeds)  # (B, tokens, D)
-    prompts = [empty, prompt_embeds] if guidance_scale != 1 or use_dynamic_cfg else [prompt_embeds]
+    is_guided = (guidance_scale != 1 or use_dynamic_cfg) and not torch.equal(empty, prompt_embeds)
+    prompts = [empty, prompt_embeds] if is_guided else [prompt_embeds]
     scheduler = _scheduler(scheduler_config)
     scheduler.set_timesteps(num_inference_steps, device=device)
     rotary = rotary_for(transformer, noise)

@@ -4,6 +4,7 @@ The formulas are in `models.objective` and `models.noise_warp`; here they meet t
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.data import draw_integers, draw_normal, draw_uniform, rng_for
+from common.data import BAD_SAMPLE_ERRORS, draw_integers, draw_normal, draw_uniform, on_device, rng_for
 from common.log import RunLog
 from common.loop import StepOutput
 from common.metrics import psnr
@@ -27,6 +28,8 @@ from training_ggi.models.noise_warp import mix_noise
 from training_ggi.models.objective import GGIConstants, GGIDraws, GGIInputs, GGILoss, ggi_loss, noisy_end_images
 from training_ggi.models.raft import clip_flow
 from training_ggi.sampling import generate_clip
+
+logger = logging.getLogger(__name__)
 
 MEASURED_TIMESTEPS = (125, 375, 625, 875)  # of the validation loss, the middles of four bins
 STRIP_FRAMES = 6
@@ -71,9 +74,9 @@ def warp_seed(seed: int, number: int) -> int:
     return int(rng_for(seed, "noise warp", number).integers(2**62))
 
 
-def set_seed(seed: int, item: int, cut: int, place: int) -> int:
-    """Of the noise at a place among the fixed ones of a cut."""
-    return int(rng_for(seed, "noise set", item, cut, place).integers(2**62))
+def set_seed(seed: int, scene: str, cut: int, place: int) -> int:
+    """Of the noise at a place among the fixed ones of a scene's cut, wherever the scene stands in the list."""
+    return int(rng_for(seed, f"noise set of {scene}", cut, place).integers(2**62))
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class HeldOut:
 
     dataset: SceneDataset
     prompt_embeds: Sequence[Tensor]
+
+    def read(self, index: int) -> dict[str, Any]:
+        """The clip of a scene, from its middle; errors as of `SceneDataset.item`."""
+        return self.dataset.item(index, self.dataset.cuts(index, 1)[0])
 
 
 class GGITask:
@@ -129,34 +136,38 @@ class GGITask:
         """The loss of one micro-batch."""
         numbers = batch["sample_number"].tolist()
         encoded = self._encoded(batch)
-        noise = self._noise(batch, encoded["flow"])  # (B, F', 16, h, w)
+        noise = self._noise(batch, encoded.get("flow"))  # (B, F', 16, h, w)
         return StepOutput(self._loss(self.transformer, encoded, noise, self._draws(numbers)).loss)
 
     def _encoded(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What the frozen networks make of the clips; a batch of prepared ones holds it already."""
         if ENCODED[0] in batch:
-            return {name: batch[name] for name in ENCODED}
-        return self.front_end.encode(batch["frames"], batch["prompt"], batch.get("edges"))
+            return {name: batch[name] for name in ENCODED if name in batch}
+        prompts = batch["prompt"] if self.config.data.use_captions else None
+        encoded = self.front_end.encode(batch["frames"], prompts, batch.get("edges"))
+        if prompts is None:  # the same for all, and encoded once
+            encoded["prompt_embeds"] = self.empty_prompt_embeds.expand(len(batch["frames"]), -1, -1)  # (B, tokens, D)
+        return encoded
 
-    def _noise(self, batch: dict[str, Any], flow: Tensor) -> Tensor:
+    def _noise(self, batch: dict[str, Any], flow: Tensor | None) -> Tensor:
         """The samples' warped noise, (B, F', 16, h, w); one of the prepared ones where there are any."""
         numbers, sets = batch["sample_number"].tolist(), self.config.data.noise_sets
-        if not sets:
-            seeds = [warp_seed(self.seed, number) for number in numbers]
-            return warped_noise(flow, seeds, self.latent_shape[0], self.config.loss)
-        places = draw_integers(self.seed, "noise set", numbers, 0, sets).tolist()
+        places = draw_integers(self.seed, "noise set", numbers, 0, sets).tolist() if sets else []
         if "noise_sets" in batch:
             return torch.stack([noises[place] for noises, place in zip(batch["noise_sets"], places, strict=True)])
-        cuts = zip(batch["item"].tolist(), batch["cut"].tolist(), places, strict=True)
-        seeds = [set_seed(self.seed, *cut) for cut in cuts]
+        assert flow is not None, "only clips with prepared noise come without flow"
+        if sets:
+            cuts = zip(batch["scene"], batch["cut"].tolist(), places, strict=True)
+            seeds = [set_seed(self.seed, *cut) for cut in cuts]
+        else:
+            seeds = [warp_seed(self.seed, number) for number in numbers]
         return warped_noise(flow, seeds, self.latent_shape[0], self.config.loss)
 
     def _draws(self, numbers: Sequence[int], timestep: int | None = None) -> GGIDraws:
         draws = draw(self.seed, numbers, self.latent_shape, self.image_size, len(self.constants.alphas_cumprod))
-        fields = {name: value.to(self.processes.device) for name, value in vars(draws).items()}
         if timestep is not None:
-            fields["timesteps"] = torch.full_like(fields["timesteps"], timestep)
-        return GGIDraws(**fields)
+            draws = dataclasses.replace(draws, timesteps=torch.full_like(draws.timesteps, timestep))
+        return on_device(draws, self.processes.device)
 
     def _loss(
         self,
@@ -182,6 +193,8 @@ class GGITask:
     def validate(self, step: int) -> dict[str, float]:
         """Generates the held-out clips, split over the processes: videos, and means of what can be measured.
 
+        Clips that cannot be read are left out, with a warning; without any other there are no metrics.
+
         `psnr_first`, `psnr_last`: of the two given frames. `flow_error_px`: mean distance between the optical flow of
         the generated and of the true clip, in pixels of half the size. `loss_t125`, ...: the training loss at that
         timestep.
@@ -191,23 +204,31 @@ class GGITask:
         count = len(self.held_out.dataset)
         count = min(count, self.config.validation.max_validation_items or count)
         names = ["psnr_first", "psnr_last", "flow_error_px", *(f"loss_t{t}" for t in MEASURED_TIMESTEPS)]
-        sums = torch.zeros(len(names), device=self.processes.device)
+        sums = torch.zeros(len(names) + count, device=self.processes.device)  # of the metrics; 1 for each clip made
         for index in self.stop.share(count):
-            metrics = self._validate_clip(step, index)
-            sums += torch.stack([metrics[name].to(sums) for name in names])
-        sums = self.processes.reduce(sums, "sum")
+            try:
+                item = self.held_out.read(index)
+            except BAD_SAMPLE_ERRORS as error:
+                logger.warning("held-out scene %d is not validated: %s", index, error)
+                continue
+            metrics = self._validate_clip(step, index, item)
+            sums[: len(names)] += torch.stack([metrics[name].to(sums) for name in names])
+            sums[len(names) + index] = 1
+        sums, made = self.processes.reduce(sums, "sum").split([len(names), count])
         self.processes.wait_for_everyone()
+        made = made.nonzero().flatten().tolist()
+        if not made:
+            return {}
         if self.processes.is_main_process:
             folder = self.log.image_folder(step)
-            rows = [[np.asarray(load_image(folder / f"{index:03d}-frames.png"))] for index in range(count)]
+            rows = [[np.asarray(load_image(folder / f"{index:03d}-frames.png"))] for index in made]
             self.log.image(step, "sheet", contact_sheet(rows, ["generated above, true below"]))
-        return dict(zip(names, (sums / count).tolist(), strict=True))
+        return dict(zip(names, (sums / len(made)).tolist(), strict=True)) | {"clips": float(len(made))}
 
-    def _validate_clip(self, step: int, index: int) -> dict[str, Tensor]:
+    def _validate_clip(self, step: int, index: int, item: dict[str, Any]) -> dict[str, Tensor]:
         """Metrics of one held-out clip; writes it."""
         assert self.held_out is not None, "only held-out clips are validated"
-        dataset, number, device = self.held_out.dataset, VALIDATION_NUMBERS + index, self.processes.device
-        item = dataset.item(index, dataset.cuts(index, 1)[0])
+        number, device = VALIDATION_NUMBERS + index, self.processes.device
         frames = torch.from_numpy(item["frames"])[None].to(device)  # (1, F, H, W, 3)
         edges = torch.from_numpy(item["edges"])[None].to(device) if "edges" in item else None  # (1, F, H, W)
         encoded = self.front_end.encode(frames, edges=edges)

@@ -92,6 +92,13 @@ def test_prompts_are_padded_or_cut_and_padding_is_attended_to(base):
     assert torch.allclose(encode_prompts(tokenizer, text_encoder, ["a cat"], 12), expected, atol=1e-6)
 
 
+def test_half_precision_spares_the_projections_that_would_overflow(base):
+    text_encoder = load_text_encoder(base, dtype=torch.float16)
+    kinds = {name.endswith("wo.weight"): p.dtype for name, p in text_encoder.named_parameters()}
+    assert kinds == {True: torch.float32, False: torch.float16}
+    assert encode_prompts(load_tokenizer(base), text_encoder, ["a cat"]).dtype == torch.float16
+
+
 def test_the_scheduler_is_what_its_file_says(base):
     config = load_scheduler_config(base)
     assert (config["_class_name"], config["snr_shift_scale"]) == ("CogVideoXDPMScheduler", 1.0)

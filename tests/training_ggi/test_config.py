@@ -148,6 +148,19 @@ def test_mistakes_are_reported_together() -> None:
     assert "fast" in text and "canny" in text
 
 
+@pytest.mark.parametrize("name", ["use_4bit", "use_torchao", "use_cpu_offload_optimizer", "offload_gradients"])
+def test_optimizers_that_are_not_offered_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: not offered; to save memory, use_8bit_adam keeps the optimizer in"):
+        PARSER.parse([f"--{name}", "true"])
+    assert PARSER.parse([f"--{name}", "false"])[1] == []
+
+
+def test_adam_has_no_8_bits() -> None:
+    assert PARSER.parse(["--optimizer", "adam"])[0].optim.optimizer == "adam"
+    with pytest.raises(ConfigError, match="use_8bit_adam is AdamW: leave it out, or set optimizer to adamw"):
+        PARSER.parse(["--optimizer", "adam", "--use_8bit", "true"])
+
+
 @pytest.mark.parametrize("intervals", ["[]", "[0]"])
 def test_intervals_are_steps(intervals: str) -> None:
     with pytest.raises(ConfigError, match="frame_intervals .* must be whole numbers from 1"):

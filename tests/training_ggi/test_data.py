@@ -149,21 +149,36 @@ def test_an_empty_list_is_refused(root):
         read_scenes(root)
 
 
-def test_all_problems_are_reported_together(root):
+def test_scenes_that_are_not_there_are_left_out(root, caplog):
+    """As after a download of a part of the data."""
     (root / NAMES[1] / "images_2").rename(root / NAMES[1] / "pictures")
-    write_lists(root, [*NAMES, *(f"DL3DV-10K/9K/{number}" for number in range(7))])
-    with pytest.raises(ValueError) as caught:
-        read_scenes(root, num_validation_scenes=11)
-    lines = str(caught.value).splitlines()
-    assert lines[0] == f"{root}:"
-    assert lines[1].startswith("  - 8 of 11 scenes have no images (`python scripts/doctor.py scenes DATA_")
-    assert lines[2] == f"      {NAMES[1]}: holds no folder images_2"
-    assert lines[3] == "      DL3DV-10K/9K/0: no such folder"
-    assert lines[7] == "      ... and 3 more like these"
-    assert lines[8] == (
-        "  - there are 11 scenes, but the last 11 are held out for validation (data.num_validation_scenes), which "
-        "leaves none to train on"
+    write_lists(root, [*NAMES, *(f"DL3DV-10K/9K/{number}" for number in range(7))], {})
+    with caplog.at_level(logging.WARNING):
+        scenes = read_scenes(root, prompt_file=None, num_validation_scenes=1)
+    assert [scene.name for scene in (*scenes.train, *scenes.validation)] == [NAMES[0], NAMES[2], NAMES[3]]
+    (record,) = caplog.records
+    lines = record.getMessage().splitlines()
+    assert lines[0] == (
+        f"{root}: these are left out: 8 of 11 scenes have no images (`python scripts/doctor.py scenes DATA_ROOT` lists "
+        "those that can be used, for data.dataset_file):"
     )
+    assert lines[1] == f"      {NAMES[1]}: holds no folder images_2"
+    assert lines[2] == "      DL3DV-10K/9K/0: no such folder"
+    assert lines[6:] == ["      ... and 3 more like these"]
+    with pytest.raises(ValueError) as caught:
+        read_scenes(root, num_validation_scenes=3)
+    assert str(caught.value).startswith(
+        f"{root}: 3 scenes have images, and the last 3 are held out for validation (data.num_validation_scenes), which "
+        "leaves none to train on; 8 of 11 scenes have no images"
+    )
+
+
+def test_the_name_in_the_originals_settings_means_the_captions(root, caplog):
+    assert read_scenes(root, prompt_file="prompts.json") == read_scenes(root)
+    expected = "data.prompt_file is prompts.json, which does not exist: captions.json is read instead"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+    (root / "prompts.json").write_text(json.dumps({"a" * 64: "its own"}))
+    assert read_scenes(root, prompt_file="prompts.json").train[0].prompt == "its own"
 
 
 def test_wrong_numbers_and_places_are_named(root):

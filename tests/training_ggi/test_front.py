@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.optical_flow import RAFT, raft_large
 from transformers import BitConfig, DPTConfig, DPTForDepthEstimation
 
-from training_ggi.models import frames, raft
+from training_ggi.models import edges, frames, raft
 from training_ggi.models.edges import (
     HED,
     annotator_resize,
@@ -215,23 +215,43 @@ def test_one_frame_has_no_flow(flow_network: RAFT) -> None:
 def test_load_raft(flow_network: RAFT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     cached = tmp_path / "checkpoints" / "raft_large_C_T_SKHT_V2-ff5fadd5.pth"
-    with pytest.raises(FileNotFoundError, match=r"download https://\S+/raft_large_C_T_SKHT_V2-ff5fadd5.pth and name"):
-        raft.load_raft()
+    asked = []
+
+    def fail(*arguments: object, progress: bool) -> None:
+        asked.append(arguments)
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    told = rf"{cached}, do not exist and cannot be downloaded \(%s\): download https://\S+{cached.name} to there, or"
+    for is_offline, reason in ((True, "HF_HUB_OFFLINE forbids it"), (False, "no route")):
+        monkeypatch.setattr(raft.constants, "HF_HUB_OFFLINE", is_offline)
+        with pytest.raises(FileNotFoundError, match=told % reason):
+            raft.fetch_raft()
+    assert asked == [(raft.RAFT_URL, str(cached), "ff5fadd5")]
     weights = flow_network.state_dict()
-    cached.parent.mkdir()
     torch.save(weights, cached)
+    assert raft.fetch_raft() == cached
     save_file({key: tensor.contiguous() for key, tensor in weights.items()}, tmp_path / "raft.safetensors")
-    for path in (None, str(cached), tmp_path / "raft.safetensors"):
+    for path in (str(cached), tmp_path / "raft.safetensors"):
         loaded = raft.load_raft(path)
         assert not loaded.training and not any(weight.requires_grad for weight in loaded.parameters())
         assert all(torch.equal(tensor, weights[key]) for key, tensor in loaded.state_dict().items())
 
 
+def test_hed_is_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edges, "hf_hub_download", lambda *names, cache_dir: str(Path(cache_dir, *names)))
+    assert edges.fetch_hed(str(tmp_path)) == tmp_path / "lllyasviel" / "Annotators" / "ControlNetHED.pth"
+
+    def fail(*names: str, cache_dir: None) -> str:
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(edges, "hf_hub_download", fail)
+    told = r"edge network cannot be downloaded \(no route\): put ControlNetHED.pth of lllyasviel/Annotators into .* by "
+    with pytest.raises(FileNotFoundError, match=told):
+        edges.fetch_hed()
+
+
 def test_wrong_weights(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=f"{tmp_path}/hed.pth, do not exist: download https://.*ControlNetHED.pth"
-    ):
-        load_hed(tmp_path / "hed.pth")
     torch.save({"netG.weight": torch.zeros(1)}, tmp_path / "hed.pth")
     with pytest.raises(
         ValueError, match=r"not hold the weights of HED \(ControlNetHED\); 37 missing: .*; 1 unexpected: n"

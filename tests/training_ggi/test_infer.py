@@ -220,7 +220,7 @@ def test_the_sampler_is_that_of_diffusers(kind, base, runs):
 
 
 def test_guidance(base, runs, monkeypatch):
-    """A scale of 1 needs one call a step; the dynamic one rises from 1 to 1 + scale."""
+    """A scale of 1 or an empty prompt needs one call a step; the dynamic scale rises from 1 to 1 + scale."""
     vae, config = load_vae(str(base)), load_scheduler_config(str(base))
     transformer = load_trained(find_trained(str(runs["lora"])), torch.float32)
     arguments = (
@@ -236,6 +236,12 @@ def test_guidance(base, runs, monkeypatch):
         options = {"guidance_scale": scale, "use_dynamic_cfg": dynamic, "num_inference_steps": 2}
         generate_clip(transformer, vae, *arguments, **options, scheduler_config=config)
     assert len(calls) == 2 + 4 + 4
+    calls.clear()
+    empty = arguments[3]
+    both = (*arguments[:2], empty, *arguments[3:])
+    options = {"guidance_scale": 2.0, "num_inference_steps": 2}
+    assert generate_clip(transformer, vae, *both, **options, scheduler_config=config).shape[1] == FRAMES
+    assert len(calls) == 2
     assert [round(_dynamic(6.0, step, 10), 3) for step in (0, 5, 8, 10)] == [1.0, 1.014, 2.454, 7.0]
     expected = "the base model's scheduler is PNDM: expected CogVideoXDDIMScheduler or CogVideoXDPMScheduler"
     with pytest.raises(ValueError, match=expected):
@@ -371,7 +377,9 @@ def test_a_chain_of_segments(runs, segments, tmp_path, capsys):
     arguments = ["--model", str(runs["lora"]), "--input", str(segments), "--output_dir", str(output), *FEW]
     arguments += ["--frames", "true", "--write_noise", "true"]
     main(arguments)
-    assert "2 of 2 segments are there" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "2 of 2 segments are there" in printed.out
+    assert "2 of 2 segments have no prompt, so that guidance changes nothing and is left out: describe" in printed.err
     frames = [f"frames/{number:03d}.png" for number in range(FRAMES)]
     for name in ("arc0", "arc1"):
         assert files(output / name) == sorted([*CLIP_FILES, *frames, "noises.npy"])

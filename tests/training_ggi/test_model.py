@@ -12,6 +12,7 @@ from diffusers import CogVideoXDPMScheduler, CogVideoXImageToVideoPipeline, CogV
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from training_ggi.models import results
 from training_ggi.models.base_lora import (
     LoraFile,
     fuse,
@@ -34,6 +35,7 @@ from training_ggi.models.objective import (
 from training_ggi.models.results import export_upstream, load_result, load_upstream, save_result
 from training_ggi.models.schedule import alphas_cumprod
 from training_ggi.models.transformer import (
+    blank_transformer,
     check_video_size,
     drop_position_table,
     load_transformer,
@@ -210,6 +212,21 @@ def test_loading_is_strict(base: Path, tmp_path: Path) -> None:
         load_transformer(tmp_path, None)
 
 
+def test_a_blank_model_has_the_shapes_of_the_loaded_one(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    config = (base / "transformer" / "config.json").read_text()
+    (tmp_path / "transformer" / "config.json").write_text(config)  # and no weights
+    for without_table in (False, True):
+        options = {"ignore_learned_positional_embeddings": without_table}
+        blank, full = blank_transformer(tmp_path, **options), load_transformer(base, **options)
+        assert blank.device == torch.device("meta")
+        assert {**blank.config, "_name_or_path": ""} == {**full.config, "_name_or_path": ""}
+        shapes = [{key: tensor.shape for key, tensor in each.state_dict().items()} for each in (blank, full)]
+        assert shapes[0] == shapes[1]
+    with pytest.raises(FileNotFoundError, match="the folder /no/where of the base model does not exist"):
+        blank_transformer("/no/where")
+
+
 def test_video_size() -> None:
     transformer = tiny_transformer()
     assert check_video_size(transformer, 9, 32, 48) == (3, 4, 6)
@@ -362,6 +379,21 @@ def test_what_trains(base: Path, lora_path: Path, caplog: pytest.LogCaptureFixtu
     assert "trains torch.bfloat16 weights without a float32 copy" in caplog.text
 
 
+def test_a_frozen_lora_in_half_precision_changes_nothing_under_autocast(base: Path, tmp_path: Path) -> None:
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({key: tensor.bfloat16() for key, tensor in tensors.items()})
+
+    lora_path, outputs = write_lora(tmp_path / "lora.safetensors", halve), []
+    for dtype in (None, torch.bfloat16):
+        transformer = loaded(base)
+        set_up_training(transformer, "full", read_lora_file(lora_path, transformer), frozen_dtype=dtype)
+        kinds = {parameter.dtype for parameter in transformer.parameters() if not parameter.requires_grad}
+        assert kinds == {dtype or torch.float32}
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(output(transformer))
+    assert torch.equal(*outputs)
+
+
 def test_wrong_set_up_is_refused(base: Path, lora_path: Path) -> None:
     lora = read_lora_file(lora_path, tiny_transformer())
     with pytest.raises(ValueError, match="train_mode 'all' is unknown: use lora, full, base_lora"):
@@ -478,6 +510,26 @@ def test_stock_pipeline_loads_the_lora(base: Path, lora_path: Path, mode: str, t
     pipeline.set_adapters(adapters)
     torch.testing.assert_close(output(pipeline.transformer), output(transformer), atol=1e-5, rtol=0)
     assert pipeline.transformer.peft_config["ggi"].lora_alpha == {"lora": 6, "base_lora": RANK}[mode]
+
+
+def test_the_base_is_read_from_the_runs_cache_and_variant(
+    base: Path, lora_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, key = tmp_path / "hub" / "transformer", "transformer_blocks.0.attn1.to_q"
+    folder.mkdir(parents=True)
+    weights = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    other = {**weights, f"{key}.weight": weights[f"{key}.weight"] + 1}
+    save_file(other, folder / "diffusion_pytorch_model.half.safetensors")
+    asked: list[object] = []
+    monkeypatch.setattr(results, "snapshot_download", lambda *names, **options: asked.append(options) or folder.parent)
+    transformer = trainable(base, lora_path, "lora")
+    lora = read_lora_file(lora_path, transformer)
+    hub = {"revision": "r", "cache_dir": "c", "variant": "half"}
+    export_upstream(transformer, tmp_path / "out", base="someone/model", **hub, base_lora=lora, dtype=torch.float32)
+    assert asked == [{"revision": "r", "cache_dir": "c", "allow_patterns": "transformer/*"}]
+    written = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(written[f"{key}.base_layer.weight"], other[f"{key}.weight"])
 
 
 def test_shards_have_an_index(base: Path, lora_path: Path, tmp_path: Path) -> None:

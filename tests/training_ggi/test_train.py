@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import running
@@ -16,12 +17,16 @@ from torch import Tensor
 from trainers import GGI_LORA
 
 from common.checkpoint import read_weights
+from common.video import MediaError
+from training_ggi import front_end
+from training_ggi.config import PARSER, GGIConfig
 from training_ggi.models.base_lora import read_lora_file
 from training_ggi.models.results import LORA_NAME, PROJECTION_NAME, load_result
 from training_ggi.models.transformer import widen_patch_embed
-from training_ggi.train import require_launcher
+from training_ggi.task import GGITask
+from training_ggi.train import build_optimizer, find_networks, held_out_clips, listed_scenes, require_launcher
 
-VALIDATED = {"psnr_first", "psnr_last", "flow_error_px", *(f"loss_t{t}" for t in (125, 375, 625, 875))}
+VALIDATED = {"clips", "psnr_first", "psnr_last", "flow_error_px", *(f"loss_t{t}" for t in (125, 375, 625, 875))}
 SMALL = (
     "--height 256 --width 256 --max_num_frames 9 --detect_resolution 64 --cond hed --flow_scale 2 --enable_tiling no "
     "--num_validation_scenes 0 --num_inference_steps 2 --guidance_scale 1 --dataloader_num_workers 0 --report_to none "
@@ -60,7 +65,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, scenes: Pa
     """The scenes as prepared clips, each of one cut and two noises."""
     folder = tmp_path_factory.mktemp("cache")
     words = networks(checkpoint, scenes)
-    train(*words, "--cache_latents", folder, "--output_dir", folder / "unused", prepare_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("training_ggi.train.load_base")  # the transformer is not needed for it
+        train(*words, "--cache_latents", folder, "--output_dir", folder / "unused", prepare_only=True)
     assert len(entries(folder)) == 2 and not (folder / "unused" / "metrics.jsonl").exists()
     return folder
 
@@ -144,7 +151,7 @@ def test_the_export_reloads_on_the_stock_transformer(single: Path, checkpoint: P
 
 
 @pytest.mark.parametrize(
-    ("mode", "precision", "use_ema"), [("lora", "no", "no"), ("lora", "bf16", "yes"), ("full", "no", "yes")]
+    ("mode", "precision", "use_ema"), [("lora", "no", "no"), ("lora", "bf16", "yes"), ("full", "bf16", "yes")]
 )
 def test_resume_is_bit_exact(
     flags: list[str], cache: Path, tmp_path: Path, mode: str, precision: str, use_ema: str
@@ -203,16 +210,26 @@ def test_accumulation_changes_nothing(raw: list[str], tmp_path: Path) -> None:
 def test_prepared_clips_are_read_and_have_the_loss_of_frames(
     raw: list[str], flags: list[str], cache: Path, tmp_path: Path
 ) -> None:
+    """Also where the scenes are in another order than when they were prepared."""
     before = entries(cache)
-    train(*raw, "--max_train_steps", 1, "--output_dir", tmp_path / "raw")
-    train(*flags, "--max_train_steps", 1, "--output_dir", tmp_path / "cached")
+    parts = {"ends", "video_moments", "cond_moments", "prompt_embeds", "noise_sets"}  # the flow only made the noise
+    assert {frozenset(load_file(path)) for path in before} == {frozenset(parts)}
+    (tmp_path / "list.txt").write_text("DL3DV-10K/1K/wall1\nDL3DV-10K/1K/wall0\n")
+    words = ["--dataset_file", tmp_path / "list.txt", "--max_train_steps", 1]
+    train(*raw, *words, "--output_dir", tmp_path / "raw")
+    train(*flags, *words, "--output_dir", tmp_path / "cached")
     assert_close(tmp_path / "cached", tmp_path / "raw", 1e-4)
     assert entries(cache) == before
 
 
-def test_no_captions_is_as_if_all_were_dropped(raw: list[str], flags: list[str], scenes: Path, tmp_path: Path) -> None:
+def test_no_captions_is_as_if_all_were_dropped(
+    raw: list[str], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--use_captions", "false", "--prompt_file", "not/there.json", "--max_train_steps", 1]
+    encoded, encode = [], front_end.encode_prompts
+    monkeypatch.setattr(front_end, "encode_prompts", lambda *given: encoded.append(given[2]) or encode(*given))
     train(*raw, *words, "--output_dir", tmp_path / "without")
+    assert encoded == [[""]]  # once, and not for every clip
     train(*flags, "--caption_dropout", 1, "--max_train_steps", 1, "--output_dir", tmp_path / "dropped")
     assert_close(tmp_path / "dropped", tmp_path / "without", 1e-4)
     train(*flags, "--max_train_steps", 1, "--output_dir", tmp_path / "with")
@@ -229,15 +246,86 @@ def test_prepared_clips_of_other_settings_are_refused(
     assert "noise_sets was 2, is 3" in message and "noise was [42, 2, 'keep'], is [1, 2, 'keep']" in message
 
 
+@pytest.fixture
+def with_short_scene(scenes: Path, tmp_path: Path) -> list[str]:
+    """Flags that add a last scene of three frames, too few for a clip."""
+    shutil.copytree(scenes, tmp_path / "data")
+    images = tmp_path / "data/DL3DV-10K/1K/short/images_2"
+    shutil.copytree(tmp_path / "data/DL3DV-10K/1K/wall0/images_2", images)
+    for image in sorted(images.iterdir())[3:]:
+        image.unlink()
+    names = ["wall0", "wall1", "short"]
+    (tmp_path / "data/seeds.txt").write_text("".join(f"DL3DV-10K/1K/{name}\n" for name in names))
+    return ["--data_root", str(tmp_path / "data"), "--num_validation_scenes", "2"]
+
+
 @pytest.mark.slow
-def test_edges_of_depth_and_validation(raw: list[str], tmp_path: Path) -> None:
-    words = ["--cond", "depth_hed", "--clipwise_depth", "yes", "--num_validation_scenes", 1, "--guidance_scale", 6]
+def test_edges_of_depth_and_validation(
+    raw: list[str], with_short_scene: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--cond", "depth_hed", "--clipwise_depth", "yes", "--guidance_scale", 6, *with_short_scene]
     train(*raw, *words, "--validation_steps", 1, "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+    assert "held-out scene 1 is not validated" in capsys.readouterr().err
     records = metrics(tmp_path / "run")
     assert [record["kind"] for record in records] == ["train", "validation"]
-    assert VALIDATED < records[1].keys() and records[1]["psnr_first"] > 0
+    assert VALIDATED < records[1].keys() and records[1]["psnr_first"] > 0 and records[1]["clips"] == 1
     written = {path.name for path in (tmp_path / "run" / "validation" / "step-000001").iterdir()}
     assert written == {"000-frames.png", "000.mp4", "sheet.png"}
+
+
+def test_held_out_scenes_that_are_too_short_are_named_at_the_start(
+    raw: list[str], with_short_scene: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, _ = PARSER.parse([*raw, *with_short_scene])
+    held_out = held_out_clips(config, listed_scenes(config).validation, StubFrontEnd())
+    assert held_out is not None and len(held_out.dataset) == len(held_out.prompt_embeds) == 2
+    assert held_out.read(0)["scene"] == "wall1"
+    (record,) = (record for record in caplog.records if record.name == "training_ggi.train")
+    told = "the scene has 3 frames, but a clip of 6 frames at an interval of 1 needs 6"
+    assert record.getMessage().startswith("held-out scene 1 will not be validated: ")
+    assert record.getMessage().endswith(told)
+
+
+class StubFrontEnd:
+    """In place of networks."""
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        return torch.zeros(len(prompts), 2, 3)
+
+
+class Readable:
+    """Three held-out clips, of which those of the given numbers cannot be read."""
+
+    def __init__(self, *bad: int) -> None:
+        self.dataset, self.bad = range(3), bad
+
+    def read(self, index: int) -> int:
+        if index in self.bad:
+            raise MediaError("a.png", "is damaged")
+        return index
+
+
+@pytest.mark.parametrize(("bad", "expected"), [((), 2.0), ((1,), 2.0), ((0, 1), 3.0), ((0, 1, 2), None)])
+def test_validation_takes_the_mean_over_clips_that_can_be_read(
+    bad: tuple[int, ...], expected: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clip n has the metrics n + 1."""
+    task, sheets = GGITask.__new__(GGITask), []
+    alone = {"device": torch.device("cpu"), "is_main_process": True, "wait_for_everyone": lambda: None}
+    task.processes = SimpleNamespace(**alone, reduce=lambda values, how: values)
+    task.config, task.held_out, task.stop = GGIConfig(), Readable(*bad), SimpleNamespace(share=range)
+    task.log = SimpleNamespace(image_folder=lambda step: tmp_path, image=lambda *given: sheets.append(given[2].shape))
+
+    def validate_clip(step: int, index: int, item: int) -> dict[str, Tensor]:
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index:03d}-frames.png")
+        return dict.fromkeys(VALIDATED, torch.tensor(item + 1.0))
+
+    task._validate_clip = validate_clip
+    metrics = task.validate(5)
+    assert metrics == ({} if expected is None else dict.fromkeys(VALIDATED, expected) | {"clips": 3 - len(bad)})
+    assert len(sheets) == (expected is not None)
+    told = [f"held-out scene {index} is not validated: a.png: is damaged" for index in bad]
+    assert [record.getMessage() for record in caplog.records] == told
 
 
 def test_edges_from_files_are_what_is_trained_on(raw: list[str], scenes: Path, tmp_path: Path) -> None:
@@ -271,12 +359,54 @@ def test_missing_files_are_told(
     message = refused(capsys, *raw, "--prompt_file", "none.json")
     assert "data.prompt_file is none.json" in message and "data.use_captions=false trains without" in message
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refused(capsys, *raw, "--raft_weights", "null")
     assert "the weights of the optical flow" in message and "raft_large_C_T_SKHT_V2" in message
+    assert "cannot be downloaded (HF_HUB_OFFLINE forbids it)" in message
     message = refused(capsys, *raw, "--hed_weights", "none.pth")
     assert "none.pth was not found" in message and "set hed_weights" in message
     assert "lllyasviel/Annotators" in message and "cond=precomputed does without" in message
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_networks_that_nobody_placed_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = tmp_path / "placed.pth"
+    placed.touch()
+    monkeypatch.setattr("training_ggi.train.fetch_raft", lambda: tmp_path / "raft")
+    monkeypatch.setattr("training_ggi.train.fetch_hed", lambda cache_dir: Path(cache_dir) / "hed")
+    monkeypatch.setattr("training_ggi.train.HED_WEIGHTS", "no/ControlNetHED.pth")
+    default = ["--hed_weights", "no/ControlNetHED.pth", "--cache_dir", "hub"]
+    for words, expected in (
+        (default, (tmp_path / "raft", Path("hub/hed"))),
+        ([*default, "--cond", "precomputed", "--raft_weights", str(placed)], (placed, None)),
+        (["--hed_weights", str(placed)], (tmp_path / "raft", placed)),
+    ):
+        assert find_networks(PARSER.parse(words)[0]) == expected
+    with pytest.raises(FileNotFoundError, match="no/other.pth was not found"):
+        find_networks(PARSER.parse(["--hed_weights", "no/other.pth"])[0])
+
+
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-150"])
+def test_checkpoints_of_the_original_are_told(
+    raw: list[str], tmp_path: Path, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "checkpoint-150" / "transformer" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.touch()
+    message = refused(capsys, *raw, "--output_dir", tmp_path, "--resume_from_checkpoint", wanted)
+    assert f"{tmp_path}/checkpoint-150 was written by the original trainer and cannot be resumed" in message
+    assert "infer.py takes its weights (--model); to train, name another --output_dir" in message
+
+
+def test_adam_decays_by_the_gradient() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    config, _ = PARSER.parse(["--optimizer", "adam", "--weight_decay", "0.5", "--beta1", "0.8", "--epsilon", "1e-6"])
+    optimizer = build_optimizer([weight], config.optim, torch.device("cpu"))
+    weight.grad = torch.zeros(3)
+    optimizer.step()
+    assert type(optimizer) is torch.optim.Adam and optimizer.defaults["betas"] == (0.8, 0.95)
+    torch.testing.assert_close(weight, torch.full((3,), 1 - 5e-5))  # the sign of the gradient, at the rate of 5e-5
+    assert type(build_optimizer([weight], GGIConfig().optim, torch.device("cpu"))) is torch.optim.AdamW
 
 
 def test_launchers_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,8 +418,15 @@ def test_launchers_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_base_lora_of_other_ranks_is_refused(
-    raw: list[str], tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    raw: list[str],
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Before any network is loaded."""
+    for name in ("load_base", "load_front_end"):
+        monkeypatch.delattr(f"training_ggi.train.{name}")
     weights = load_file(checkpoint / GGI_LORA)
     last = max(key for key in weights if "lora_A" in key)
     weights[last] = weights[last][:4].clone()

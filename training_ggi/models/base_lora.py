@@ -212,7 +212,13 @@ def has_adapter(transformer: CogVideoXTransformer3DModel, adapter: str) -> bool:
 
 
 def set_up_training(
-    transformer: CogVideoXTransformer3DModel, mode: TrainMode, base_lora: LoraFile, *, rank: int = 64, alpha: float = 64
+    transformer: CogVideoXTransformer3DModel,
+    mode: TrainMode,
+    base_lora: LoraFile,
+    *,
+    rank: int = 64,
+    alpha: float = 64,
+    frozen_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Bring in the base LoRA and decide what trains.
 
@@ -227,6 +233,8 @@ def set_up_training(
         transformer: the widened model, as loaded.
         base_lora: see `read_lora_file`.
         rank, alpha: of the new LoRA; the other modes do without.
+        frozen_dtype: of the base LoRA in `full`; None is that of the weights. That of autocast gives the same numbers
+            in half the memory.
 
     Returns:
         names of the trained parameters.
@@ -250,7 +258,7 @@ def set_up_training(
         fuse(transformer, base_lora)
         add_new_lora(transformer, rank, alpha)
     else:
-        install(transformer, base_lora, BASE_ADAPTER, torch.float32 if mode == "base_lora" else dtype)
+        install(transformer, base_lora, BASE_ADAPTER, torch.float32 if mode == "base_lora" else frozen_dtype or dtype)
         ups = [p for key, p in lora_parameters(transformer, BASE_ADAPTER).items() if "lora_B" in key]
         _check_effect(base_lora, "entry of B", torch.stack([up.detach().abs().max() for up in ups]).max())
     adapter = NEW_ADAPTER if mode == "lora" else BASE_ADAPTER

@@ -5,7 +5,7 @@ They are loaded one by one, as not all of them are needed at once.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
@@ -62,10 +62,20 @@ def _tiles_fit(vae: AutoencoderKLCogVideoX) -> bool:
 
 
 def load_text_encoder(
-    path_or_id: str, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
+    path_or_id: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> T5EncoderModel:
-    """T5 in the precision of its file, frozen, in eval mode; FileNotFoundError if it is not there."""
-    load, options = T5EncoderModel.from_pretrained, {"variant": variant, "dtype": "auto"}
+    """T5, frozen, in eval mode; FileNotFoundError if it is not there.
+
+    Args:
+        dtype: of its weights, "auto" being that of the file. In float16 the projections `wo`, which would overflow, are
+            float32: move the network to a device, but not to another type.
+    """
+    load, options = T5EncoderModel.from_pretrained, {"variant": variant, "dtype": dtype}
     encoder = load_part(load, "text encoder", path_or_id, "text_encoder", revision, cache_dir, **options)
     return encoder.eval().requires_grad_(False)
 

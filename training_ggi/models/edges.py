@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DPTForDepthEstimation
@@ -22,7 +23,7 @@ from training_ggi.models.raft import load_frozen
 EdgeSource = Literal["depth_hed", "hed"]
 DepthRange = Literal["frame", "clip"]
 
-HED_URL = "https://huggingface.co/lllyasviel/Annotators/resolve/main/ControlNetHED.pth"
+HED_ID, HED_FILE = "lllyasviel/Annotators", "ControlNetHED.pth"  # on the Hub
 HED_WIDTHS, HED_CONVS = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
 MIDAS_ID = "Intel/dpt-hybrid-midas"
 # The fusion starts at one map alone, so the branch for a second one is never used, and a file may lack its weights.
@@ -149,18 +150,30 @@ class HED(nn.Module):
         return maps
 
 
+def fetch_hed(cache_dir: str | None = None) -> Path:
+    """`ControlNetHED.pth` in the cache of the Hub, downloaded if it is not there.
+
+    Raises:
+        FileNotFoundError: it is not there, and cannot be downloaded.
+    """
+    try:
+        return Path(hf_hub_download(HED_ID, HED_FILE, cache_dir=cache_dir))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"the weights of the edge network cannot be downloaded ({first_line(error)}): put {HED_FILE} of {HED_ID} "
+            "into training_ggi/annotators/, or name its path by hed_weights; cond=precomputed does without"
+        ) from error
+
+
 def load_hed(path: str | Path) -> HED:
     """HED for inference, on the CPU, in float32, from `ControlNetHED.pth` or a .safetensors file with the same keys.
 
     Raises:
-        FileNotFoundError: there is no such file; nothing is downloaded.
+        FileNotFoundError: there is no such file.
         ValueError: it does not hold the weights of HED.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"the weights of the edge network, {path}, do not exist: download {HED_URL} to there")
     hed = HED()
-    load_frozen(hed, path, "HED (ControlNetHED)")
+    load_frozen(hed, Path(path), "HED (ControlNetHED)")
     return hed
 
 

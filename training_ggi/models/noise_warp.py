@@ -319,17 +319,18 @@ def resize_list(items: Sequence[Item], length: int) -> list[Item]:
 
 
 def mix_noise(warped: Tensor, fresh: Tensor, alpha: float | Tensor) -> Tensor:
-    """(alpha * fresh + (1 - alpha) * warped) / sqrt(alpha^2 + (1 - alpha)^2), computed in float32.
+    """(alpha * fresh + (1 - alpha) * warped) / sqrt(alpha^2 + (1 - alpha)^2), computed in float32 with exact weights.
 
     Args:
         warped: (B, ...), any float type, which the result has as well; alpha = 0 returns it.
         fresh: alike, independent of it.
         alpha: from 0 to 1, one number or one per sample (B,).
     """
-    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=warped.device)
-    alpha = alpha.view(-1, *[1] * (warped.dim() - 1))  # (B or 1, 1, ...)
-    mixed = alpha * fresh.float() + (1 - alpha) * warped.float()
-    return (mixed / (alpha.square() + (1 - alpha).square()).sqrt()).to(warped.dtype)
+    share = torch.as_tensor(alpha, dtype=torch.float64, device=warped.device)
+    share = share.view(-1, *[1] * (warped.dim() - 1))  # (B or 1, 1, ...)
+    norm = (share.square() + (1 - share).square()).sqrt()
+    mixed = share.float() * fresh.float() + (1 - share).float() * warped.float()
+    return (mixed / norm.float()).to(warped.dtype)
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 from torchvision.models.optical_flow import RAFT, Raft_Large_Weights, raft_large
 
-from common.pretrained import load_exactly, read_tensors
+from common.pretrained import first_line, load_exactly, read_tensors
 from training_ggi.models.frames import resize_antialiased
 
 RAFT_URL = Raft_Large_Weights.C_T_SKHT_V2.url
@@ -23,25 +24,40 @@ def load_frozen(network: nn.Module, path: Path, name: str) -> None:
     network.eval().requires_grad_(False)
 
 
-def load_raft(path: str | Path | None = None) -> RAFT:
+def fetch_raft() -> Path:
+    """The file of the weights `C_T_SKHT_V2` in the cache of `torch.hub`, downloaded if it is not there.
+
+    Raises:
+        FileNotFoundError: it is not there, and cannot be downloaded.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / RAFT_URL.rsplit("/", 1)[1]
+    if cached.is_file():
+        return cached
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE forbids it")
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(RAFT_URL, str(cached), cached.stem.rsplit("-", 1)[1], progress=False)
+    except (OSError, RuntimeError) as error:  # the latter for content that the hash in the name contradicts
+        raise FileNotFoundError(
+            f"the weights of the optical flow, {cached}, do not exist and cannot be downloaded ({first_line(error)}): "
+            f"download {RAFT_URL} to there, or name its path by raft_weights"
+        ) from error
+    return cached
+
+
+def load_raft(path: str | Path) -> RAFT:
     """torchvision's `raft_large` for inference, on the CPU, in float32.
 
     Args:
-        path: weights `C_T_SKHT_V2`, .pth or .safetensors; None takes the file from the cache of `torch.hub`.
+        path: weights `C_T_SKHT_V2`, .pth or .safetensors.
 
     Raises:
-        FileNotFoundError: there is no such file; nothing is downloaded.
+        FileNotFoundError: there is no such file.
         ValueError: it does not hold the weights of `raft_large`.
     """
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / RAFT_URL.rsplit("/", 1)[1]
-    source = Path(path) if path else cached
-    if not source.is_file():
-        raise FileNotFoundError(
-            f"the weights of the optical flow, {source}, do not exist: download {RAFT_URL} and name its path, "
-            f"or put it at {cached}"
-        )
     raft = raft_large(weights=None)
-    load_frozen(raft, source, "RAFT (raft_large)")
+    load_frozen(raft, Path(path), "RAFT (raft_large)")
     return raft
 
 

@@ -143,6 +143,8 @@ def export_upstream(
     *,
     base: str | Path | None = None,
     revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
     base_lora: LoraFile | None = None,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -160,7 +162,8 @@ def export_upstream(
         transformer: trained or loaded in any mode, unwrapped, whole (not sharded).
         directory: gets `config.json` and the weights, with an index if there is more than one file.
         base: after mode `lora`, the base model: folder with a `transformer` in it, that folder itself, or model id.
-        revision: of the model id.
+        revision, cache_dir: of the model id.
+        variant: of the base model's weights.
         base_lora: after mode `lora`, the base LoRA.
         dtype: of all tensors.
         max_shard_bytes: most that one file holds, and most that is held in memory beside the transformer.
@@ -172,7 +175,8 @@ def export_upstream(
     if has_adapter(transformer, NEW_ADAPTER):
         if base is None or base_lora is None:
             raise ValueError("after train_mode lora, the export needs the base model and the base LoRA: give both")
-        tensors = _taken_apart(transformer, base, revision, base_lora)
+        stored = _Stored(_transformer_folder(base, revision, cache_dir), variant)
+        tensors = _taken_apart(transformer, stored, base_lora)
     elif has_adapter(transformer, BASE_ADAPTER):
         tensors = _as_they_are(transformer)
     else:
@@ -194,11 +198,8 @@ def _as_they_are(transformer: CogVideoXTransformer3DModel) -> dict[str, _Lazy]:
     return tensors
 
 
-def _taken_apart(
-    transformer: CogVideoXTransformer3DModel, base: str | Path, revision: str | None, base_lora: LoraFile
-) -> dict[str, _Lazy]:
-    """The transformer's tensors, its new LoRA in the weights, and the base LoRA beside them."""
-    stored = _Stored(_transformer_folder(base, revision))
+def _taken_apart(transformer: CogVideoXTransformer3DModel, stored: "_Stored", base_lora: LoraFile) -> dict[str, _Lazy]:
+    """The transformer's tensors, its new LoRA in the base model's stored weights, and the base LoRA beside them."""
     new = {name: tensor.detach() for name, tensor in lora_parameters(transformer, NEW_ADAPTER).items()}
     settings = transformer.peft_config[NEW_ADAPTER]
     scale = settings.lora_alpha / settings.r
@@ -309,11 +310,12 @@ def _fused(stored: "_Stored") -> Iterator[tuple[str, torch.Tensor]]:
         yield key.replace(".base_layer.", "."), tensor
 
 
-def _transformer_folder(base: str | Path, revision: str | None) -> Path:
+def _transformer_folder(base: str | Path, revision: str | None, cache_dir: str | None) -> Path:
     folder = Path(base)
     if not folder.is_dir():
+        place = {"revision": revision, "cache_dir": cache_dir}
         try:
-            folder = Path(snapshot_download(str(base), revision=revision, allow_patterns="transformer/*"))
+            folder = Path(snapshot_download(str(base), allow_patterns="transformer/*", **place))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{base} is neither a folder nor a model id that can be had: {first_line(error)}"
@@ -324,11 +326,12 @@ def _transformer_folder(base: str | Path, revision: str | None) -> Path:
 class _Stored(Mapping[str, torch.Tensor]):
     """Tensors of the safetensors files of a folder, each read when asked for."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, variant: str | None = None):
         self.folder = folder
         self._paths: dict[str, Path] = {}
         # A folder may hold other precisions beside: theirs have one more part in their names.
-        kinds = (f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}-*-of-*.safetensors", "*.safetensors")
+        stem = f"{WEIGHTS_STEM}.{variant}" if variant else WEIGHTS_STEM
+        kinds = (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", "*.safetensors")
         for path in next((found for kind in kinds if (found := sorted(folder.glob(kind)))), []):
             with safe_open(path, framework="pt") as file:
                 self._paths |= dict.fromkeys(file.keys(), path)

@@ -3,6 +3,7 @@
 Channels of its input: [0, 16) noisy latents, [16, 32) latents of the two end frames, [32, 48) latents of the condition.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +46,50 @@ def load_transformer(
         FileNotFoundError: there is no such folder, or the model id cannot be had.
         ValueError: weights are missing, left over or of another shape, or the model is another one.
     """
+    load = CogVideoXTransformer3DModel.from_pretrained
+    options = {"torch_dtype": torch_dtype, "output_loading_info": True, **hub_options}
+    transformer, info = _loaded(load, folder_or_id, subfolder, **options)
+    check_keys(f"{folder_or_id} does not fit its transformer's config", info["missing_keys"], info["unexpected_keys"])
+    return _adapted(transformer, ignore_learned_positional_embeddings).eval()
+
+
+def blank_transformer(
+    folder_or_id: str | Path,
+    *,
+    ignore_learned_positional_embeddings: bool = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> CogVideoXTransformer3DModel:
+    """What `load_transformer` loads, on the meta device: all shapes, of which `config.json` alone is read.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `load_transformer`, but for weights.
+    """
+    load = CogVideoXTransformer3DModel.load_config
+    config = _loaded(load, folder_or_id, "transformer", revision=revision, cache_dir=cache_dir)
+    with torch.device("meta"):
+        return _adapted(CogVideoXTransformer3DModel.from_config(config), ignore_learned_positional_embeddings)
+
+
+def _loaded(load: Callable[..., Any], folder_or_id: str | Path, subfolder: str | None, **options: Any) -> Any:
+    """The answer of a loader of diffusers, with errors that say what is looked for."""
     name = str(folder_or_id)
     if is_local(name) and not Path(name).is_dir():
         raise FileNotFoundError(f"the folder {name} of the base model does not exist")
     try:
-        transformer, info = CogVideoXTransformer3DModel.from_pretrained(
-            name, subfolder=subfolder, torch_dtype=torch_dtype, output_loading_info=True, **hub_options
-        )
+        return load(name, subfolder=subfolder, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"no transformer at {name}{f'/{subfolder}' if subfolder else ''}: {first_line(error).rstrip('.')}. Give "
             "the folder of CogVideoX-5b-I2V in diffusers layout, or its id on the Hub"
         ) from error
-    check_keys(f"{name} does not fit its transformer's config", info["missing_keys"], info["unexpected_keys"])
+
+
+def _adapted(transformer: CogVideoXTransformer3DModel, without_position_table: bool) -> CogVideoXTransformer3DModel:
     widen_patch_embed(transformer)
-    if ignore_learned_positional_embeddings:
+    if without_position_table:
         drop_position_table(transformer)
-    return transformer.eval()
+    return transformer
 
 
 def widen_patch_embed(
