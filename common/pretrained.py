@@ -347,7 +347,7 @@ def load_part(
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is a part of another kind, or its weights are damaged.
+        ValueError: it is a part of another kind, or its weights are damaged or incomplete.
     """
     root = Path(path_or_id)
     folder = root / (subfolder or "")
@@ -361,8 +361,12 @@ def load_part(
         raise FileNotFoundError(f"the folder {path_or_id}, where the {what} is looked for, does not exist")
     hub = {} if root.is_dir() else {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder or ""}
     where = folder if root.is_dir() else path_or_id
+    # Both libraries fill what a file lacks with random numbers, and say so in a warning at most.
+    owner = getattr(load, "__self__", object)
+    is_network = issubclass(owner, nn.Module) and load.__name__ == "from_pretrained"
+    told = {"output_loading_info": True} if is_network else {}
     try:
-        return load(str(folder) if root.is_dir() else path_or_id, **hub, **options)
+        loaded = load(str(folder) if root.is_dir() else path_or_id, **hub, **told, **options)
     except (TypeError, ValueError) as error:  # settings of another network
         reason = first_line(error).rstrip(".")
         raise ValueError(
@@ -378,6 +382,11 @@ def load_part(
         raise FileNotFoundError(
             f"the {what} cannot be loaded from {where}{absent} ({first_line(error)}): name a folder that holds it"
         ) from error
+    if not is_network:
+        return loaded
+    network, report = loaded
+    check_keys(f"the weights in {where} are not those of the {what}", report["missing_keys"], ())
+    return network
 
 
 def is_local(path_or_id: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -276,6 +277,20 @@ def test_parts_whose_weights_are_damaged(tmp_path: Path, error: Exception) -> No
     for path_or_id, place in ((str(tmp_path), f"{tmp_path}/vae"), ("owner/name", "owner/name")):
         with pytest.raises(ValueError, match=message.format(place)):
             load_part(load, "VAE", path_or_id, "vae")
+
+
+def test_parts_whose_weights_have_other_names(tmp_path: Path) -> None:
+    StableUnCLIPImageNormalizer(4).save_pretrained(tmp_path / "normaliser")
+    load, wanted = StableUnCLIPImageNormalizer.from_pretrained, (str(tmp_path), "normaliser")
+    assert load_part(load, "normaliser", *wanted).mean.shape == (1, 4)
+    path = tmp_path / "normaliser" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({"mean": tensors["mean"], "deviation": tensors["std"]}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError) as raised:
+        load_part(load, "normaliser", *wanted)
+    assert str(raised.value) == (
+        f"the weights in {tmp_path}/normaliser are not those of the normaliser; 1 missing: std"
+    )
 
 
 @pytest.mark.parametrize(
