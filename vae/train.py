@@ -234,13 +234,13 @@ def load_perceptual(config: VaeConfig, accelerator: Processes) -> PerceptualLoss
 
 def train(config: VaeConfig, warnings: Sequence[str] = ()) -> None:
     """Trains as `config` says; ValueError, OSError or CheckpointError before anything is written or hours are lost."""
-    check_sizes(config)
     session = training.start(
         config, warnings, num_networks=2, find_unused_parameters=config.model.find_unused_parameters
     )
     config, accelerator, stop, device = session.config, session.accelerator, session.stop, session.device
 
-    # Data: clips to train on, clips to look at.
+    # Data: clips to train on, clips to look at, of sizes that the network can take.
+    check_sizes(config)
     clips, eval_clips = training_data(config), validation_data(config)
 
     # The networks. Initial weights follow from the seed, so that they are the same on all processes.
