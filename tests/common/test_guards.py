@@ -55,7 +55,7 @@ def test_a_dead_process_is_named_by_the_others(tmp_path: Path) -> None:
     assert "continue with --resume_from_checkpoint latest" in dead[0]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_process_that_hangs_is_named(tmp_path: Path, processes: int) -> None:
     flags = ("--batch_size", "1", "--max_train_steps", "1000", "data.hanging_items=[4]", "--hang_timeout_s", "2")
     output = run(tmp_path / "run", *flags, processes=processes, status=1)
@@ -78,7 +78,7 @@ def test_long_shared_work_is_no_hang(tmp_path: Path) -> None:
         watch.end()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_is_heard_while_a_process_waits_for_data(tmp_path: Path, processes: int) -> None:
     flags = ("--batch_size", "1", "--max_train_steps", "1000", "data.hanging_items=[4]")
     line = command(tmp_path / "run", *flags, processes=processes)

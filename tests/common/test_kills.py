@@ -57,7 +57,7 @@ def check_kills(tmp_path: Path, processes: int, kills: int) -> None:
     assert not [path for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_kills(tmp_path: Path, processes: int, kills: int) -> None:
     check_kills(tmp_path, processes, kills)
 

@@ -87,7 +87,7 @@ def test_the_documented_script(
 # Going on -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_resume_is_bit_exact_across_the_alternation(flags: list[str], tmp_path: Path, precision: str) -> None:
     flags += [
         "--mix_precision",
