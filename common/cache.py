@@ -5,8 +5,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from common.data import BAD_SAMPLE_ERRORS, SampleSource
+from common.data import BAD_SAMPLE_ERRORS, SampleSource, read_ahead
 from common.runtime import Processes, StopSignal, require_shared_folder
 
 logger = logging.getLogger(__name__)
@@ -186,24 +185,11 @@ def encode_items(
 
     own_items = -(-(num_items - processes.process_index) // processes.num_processes)
     bar = {"desc": f"encoding {unit}s", "unit": unit, "disable": not processes.is_main_process}
-    with ThreadPoolExecutor(1) as reader:
-        for index, found in _one_ahead(reader, read_missing, tqdm(stop.share(num_items), total=own_items, **bar)):
-            for part, key, item in found:
-                with torch.no_grad():
-                    cache.save(key, encode(index, part, item))
+    for index, found in read_ahead(read_missing, tqdm(stop.share(num_items), total=own_items, **bar), num_threads=1):
+        for part, key, item in found.result():
+            with torch.no_grad():
+                cache.save(key, encode(index, part, item))
     processes.wait_for_everyone()
-
-
-def _one_ahead(pool: ThreadPoolExecutor, read: Callable[[int], Any], indices: Iterable[int]) -> Iterator[tuple]:
-    """(index, read(index)) in their order; while one is used, the next is read."""
-    waiting: tuple[int, Future] | None = None
-    for index in indices:
-        upcoming = index, pool.submit(read, index)
-        if waiting:
-            yield waiting[0], waiting[1].result()
-        waiting = upcoming
-    if waiting:
-        yield waiting[0], waiting[1].result()
 
 
 def _write_atomically(path: Path, write: Any) -> None:

@@ -15,7 +15,9 @@ import queue
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 Draws = TypeVar("Draws", bound=Any)
+Read = TypeVar("Read")
 
 MAX_REPLACEMENTS = 20  # draws of another item for one unreadable one, before giving up
 MAX_LOADER_FAILURES = 3
@@ -174,6 +177,23 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else:
             batch[key] = values
     return batch
+
+
+def read_ahead(
+    read: Callable[[int], Read], indices: Iterable[int], num_threads: int
+) -> Generator[tuple[int, "Future[Read]"]]:
+    """(index, the future of read(index)) in order; while one is used, `num_threads` threads read the next ones.
+
+    For reading beside the loader, in the training process: the death of a loader process started by the main thread
+    would be raised anywhere in it.
+    """
+    waiting: deque[tuple[int, Future[Read]]] = deque()
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        for index in indices:
+            waiting.append((index, pool.submit(read, index)))
+            if len(waiting) > num_threads:
+                yield waiting.popleft()
+        yield from waiting
 
 
 class _Numbered(Dataset):

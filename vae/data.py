@@ -7,9 +7,9 @@ import hashlib
 import json
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.data import BAD_SAMPLE_ERRORS
+from common.data import BAD_SAMPLE_ERRORS, read_ahead
 from common.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, find_files, load_image, probe_video, read_frames
 
 IO_THREADS = 16
@@ -314,28 +314,13 @@ class EvalClips:
 def read_in_threads(
     read: Callable[[int], T], indices: Iterable[int], num_threads: int
 ) -> Generator[tuple[int, T | None, str]]:
-    """(index, read(index), "") for each index in order, read ahead by threads; (index, None, why) if it failed.
-
-    For the training process, in which the death of a loader process started by the main thread would be raised
-    anywhere.
-    """
-    pool, waiting = ThreadPoolExecutor(max(1, num_threads)), deque()
-    try:
-        for index in indices:
-            waiting.append((index, pool.submit(read, index)))
-            if len(waiting) > num_threads:
-                yield _outcome(*waiting.popleft())
-        while waiting:
-            yield _outcome(*waiting.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _outcome(index: int, reading: Future[T]) -> tuple[int, T | None, str]:
-    try:
-        return index, reading.result(), ""
-    except BAD_SAMPLE_ERRORS as error:
-        return index, None, str(error)
+    """(index, read(index), "") for each index in order, read ahead by threads; (index, None, why) if it failed."""
+    with closing(read_ahead(read, indices, num_threads)) as readings:
+        for index, reading in readings:
+            try:
+                yield index, reading.result(), ""
+            except BAD_SAMPLE_ERRORS as error:
+                yield index, None, str(error)
 
 
 def _check_clips(paths: Sequence[Path], num_frames: int, resolution: int, sample_rate: int) -> None:

@@ -208,6 +208,16 @@ def test_too_little_memory_names_phase_and_knobs(
     assert "--gradient_checkpointing" in message and "Tried to allocate 20 GiB" in message
 
 
+def with_a_torn_target(data_folder: Path, name: str, number: int) -> Path:
+    """Writes `<name>.json`, the demo's list in which the target of one item is cut off; returns that image."""
+    pairs = json.loads((data_folder / "example_kitti.json").read_text())
+    bad = data_folder / f"{name}.png"
+    bad.write_bytes((data_folder / pairs["gt"][number]).read_bytes()[:2000])
+    pairs["gt"][number] = bad.name
+    (data_folder / f"{name}.json").write_text(json.dumps(pairs))
+    return bad
+
+
 def test_held_out_items_that_cannot_be_measured_are_left_out(
     tmp_path: Path,
     in_data_folder: Path,
@@ -216,11 +226,7 @@ def test_held_out_items_that_cannot_be_measured_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of three: a file that cannot be read, a repair that is not finite, and a good one."""
-    pairs = json.loads(Path("example_kitti.json").read_text())
-    bad = in_data_folder / f"{tmp_path.name}.png"
-    bad.write_bytes((in_data_folder / pairs["gt"][6]).read_bytes()[:2000])
-    pairs["gt"][6] = bad.name
-    Path(f"{tmp_path.name}.json").write_text(json.dumps(pairs))
+    bad = with_a_torn_target(in_data_folder, tmp_path.name, 6)
 
     def repair(*arguments: Any, numbers: list[int], **options: Any) -> torch.Tensor:
         images = repair_frames(*arguments, numbers=numbers, **options)
@@ -254,11 +260,7 @@ def test_held_out_items_that_cannot_be_measured_are_left_out(
 def test_corrupt_images_are_replaced_and_recorded(
     tmp_path: Path, in_data_folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = json.loads(Path("example_kitti.json").read_text())
-    bad = in_data_folder / f"{tmp_path.name}.png"
-    bad.write_bytes((in_data_folder / pairs["gt"][2]).read_bytes()[:2000])
-    pairs["gt"][2] = bad.name
-    Path(f"{tmp_path.name}.json").write_text(json.dumps(pairs))
+    bad = with_a_torn_target(in_data_folder, tmp_path.name, 2)
     flags = ["--pretrained_model_name_or_path", str(checkpoint), "--data_json", f"{tmp_path.name}.json"]
     flags += ["--max_train_steps", "3", "--validate_at_start", "no"]
     train(*flags, "--output_dir", str(tmp_path / "run"), "--max_bad_fraction", "0.5")
