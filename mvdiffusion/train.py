@@ -173,7 +173,7 @@ def require_trained(new: Sequence[str], trained: Mapping[str, nn.Parameter]) -> 
         )
 
 
-def require_label_width(config: Any) -> None:
+def require_label_input(config: Any) -> None:
     """ValueError for a UNet (by its config) that does not take the labels of the data sets."""
     width = config.projection_class_embeddings_input_dim if config.class_embed_type else 0
     if width != LABEL_WIDTH:
@@ -225,7 +225,7 @@ def load_trained_unet(
 ) -> tuple[Any, dict[str, nn.Parameter]]:
     """The UNet in training mode, and by name what the stage trains of it.
 
-    Warns where the weights know other `cameras`. ValueError as in `require_label_width` and `require_trained`.
+    Warns where the weights know other `cameras`. ValueError as in `require_label_input` and `require_trained`.
     """
     model = config.model
     source = folder_or_id(str(model.pretrained_unet_path or model.pretrained_model_name_or_path))
@@ -240,7 +240,7 @@ def load_trained_unet(
         cache_dir=model.cache_dir,
     )
     logger.info("UNet: %s", report)
-    require_label_width(unet.config)
+    require_label_input(unet.config)
     if "class_embedding.linear_1.weight" in report.copied and not config.data.debug:
         hub = {"revision": model.revision, "cache_dir": model.cache_dir}
         known = cameras_of_weights(source, [name for name, *_ in cameras], hub)
